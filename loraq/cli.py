@@ -1,0 +1,326 @@
+"""The command `loraq`: run, plan, check, list, inspect, generate.
+
+Exit codes: 0 done, 1 failed, 2 the user's input is wrong. Errors are one sentence on standard error, never a traceback;
+results go to standard output, as JSON with `--json`. Heavy imports wait until a command needs them, so that `--help`,
+`list` and `check` answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import click
+
+from loraq import registry
+from loraq.errors import InputError, LoraqError, RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loraq.recipe import Recipe
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+KINDS = ("stage", "pre_transform", "main_quantizer", "low_rank", "branch_quantizer", "packing", "format", "kernel")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A pipe gets wide lines rather than wrapped ones.
+    return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty())
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def recipe_arguments(function: Function) -> Function:
+    """RECIPE and --set, for the commands that read a recipe."""
+    settings = click.option(
+        "--set", "settings", multiple=True, metavar="PATH=VALUE", help="Override, such as low_rank.rank=64."
+    )
+    return click.argument("recipe")(settings(function))
+
+
+def json_option(function: Function) -> Function:
+    """--json, for the commands whose result a program may read."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="loraq")
+def cli() -> None:
+    """Quantize diffusion transformers to 4 bits, with a low-rank branch that is itself quantized.
+
+    RECIPE is a TOML file, or the name of a recipe that ships with LoRaQ (`loraq list recipe`).
+    """
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: `name` itself if it is a path, else the shipped recipe of that name."""
+    path = Path(name)
+    if path.exists() or path.suffix == ".toml" or len(path.parts) > 1:
+        return path
+    shipped = shipped_recipes()
+    if name not in shipped:
+        listed = ", ".join(shipped)
+        raise InputError(
+            f"there is no file '{name}', and no shipped recipe of that name; shipped are {listed}"
+            f"{did_you_mean(name, shipped)}"
+        )
+    return shipped[name]
+
+
+@functools.cache
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with LoRaQ, by name."""
+    import importlib.resources
+
+    folder = Path(str(importlib.resources.files("loraq.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _load(recipe: str, settings: tuple[str, ...]) -> Recipe:
+    from loraq.recipe import load
+
+    return load(recipe_path(recipe), settings)
+
+
+@cli.command()
+@recipe_arguments
+@click.option("--restart", is_flag=True, help="Discard an unfinished run, replace a finished one.")
+@click.option("--only", metavar="PATTERN", help="Try the layers that match, write nothing.")
+@json_option
+def run(recipe: str, settings: tuple[str, ...], restart: bool, only: str | None, as_json: bool) -> None:
+    """Quantize what RECIPE names, or continue where a run was stopped."""
+    loaded = _load(recipe, settings)
+    from loraq.report import size
+    from loraq.run import run_recipe, try_layers
+
+    report = run_recipe(loaded, restart=restart) if only is None else try_layers(loaded, only)
+    if as_json:
+        _print_json(report.to_plain())
+        return
+    console = _console()
+    report.print(console)
+    if report.output is None:
+        console.print(f"{len(report.layers)} layers tried in {report.seconds:.1f} s, nothing written")
+        return
+    share = report.written_bytes / report.source_bytes
+    done = "was finished already" if report.already_done else f"done in {report.seconds:.1f} s"
+    console.print(
+        f"[bold]{report.output}[/bold]  {done}: {size(report.source_bytes)} became {size(report.written_bytes)} "
+        f"({share:.0%}), {report.effective_bits:.2f} bits a quantized weight, error {report.error_before:.4f} without "
+        f"the branch and {report.error_after:.4f} with it",
+        highlight=False,
+    )
+    if report.pictures:
+        console.print(
+            f"[bold]{report.pictures}[/bold]  16-bit beside quantized, same prompts and seeds", highlight=False
+        )
+
+
+@cli.command()
+@recipe_arguments
+@json_option
+def plan(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """Say what RECIPE would do: layers, bytes, what is left out and why. Reads no weight, writes nothing."""
+    loaded = _load(recipe, settings)
+    from loraq.plan import make_plan
+    from loraq.report import plan_table, size, skipped_line
+    from loraq.source import open_source
+
+    made = make_plan(open_source(loaded.model), loaded.pipeline())
+    if as_json:
+        _print_json(made.to_plain())
+        return
+    console = _console()
+    for component in made.components:
+        console.print(f"[bold]{component.component.name or made.source.root}[/bold]  {component.component.class_name}")
+        console.print(plan_table(component.layers))
+        if component.skipped:
+            console.print(skipped_line(component.skipped), style="dim", highlight=False)
+    bits = 8 * made.packed_bytes / made.weights if made.weights else 0
+    console.print(
+        f"{size(made.source_bytes)} would become {size(made.written_bytes)} "
+        f"({made.written_bytes:,} bytes in safetensors files), {bits:.2f} bits a quantized weight",
+        highlight=False,
+    )
+
+
+@cli.command()
+@recipe_arguments
+@json_option
+def check(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """Validate RECIPE: all its faults at once. Reads no model."""
+    loaded = _load(recipe, settings)
+    if as_json:
+        _print_json(loaded.to_plain())
+        return
+    stages = " -> ".join(
+        f"{stage.name} {registry.name_of(f'loraq.{stage.kind}', type(stage.strategy))}"
+        if hasattr(stage, "strategy")
+        else stage.name
+        for stage in loaded.stage
+    )
+    click.echo(f"{recipe}: fine; {stages}")
+
+
+@cli.command(name="list")
+@click.argument("kind", required=False)
+@click.argument("name", required=False)
+@json_option
+def list_(kind: str | None, name: str | None, as_json: bool) -> None:
+    """List what is installed: all kinds, one KIND, or the options of KIND NAME."""
+    if kind is None:
+        _list_all(as_json)
+        return
+    if kind == "recipe":
+        for recipe, path in shipped_recipes().items():
+            click.echo(f"{recipe}  {path}")
+        return
+    kinds = [*dict.fromkeys([*KINDS, *registry.names("loraq.stage")])]
+    if kind not in kinds:
+        raise InputError(f"no kind '{kind}'; kinds are {', '.join([*kinds, 'recipe'])}{did_you_mean(kind, kinds)}")
+    if name is None:
+        _list_kind(kind, as_json)
+    else:
+        _list_options(kind, name, as_json)
+
+
+def _offers(kind: str) -> list[dict[str, str]]:
+    """What is on offer of a kind; a name that two distributions offer says so."""
+    rows = []
+    for name in registry.names(f"loraq.{kind}"):
+        try:
+            offer = registry.offer(f"loraq.{kind}", name)
+        except LoraqError as error:
+            rows.append({"name": name, "summary": f"refused: {error}", "distribution": "", "version": ""})
+            continue
+        summary = _summary(offer.load())
+        rows.append({"name": name, "summary": summary, "distribution": offer.distribution, "version": offer.version})
+    return rows
+
+
+def _summary(target: object) -> str:
+    doc = target.__doc__ if isinstance(target, type) else type(target).__doc__
+    return (doc or "").strip().split("\n")[0]
+
+
+def _list_all(as_json: bool) -> None:
+    kinds = [*dict.fromkeys([*KINDS, *registry.names("loraq.stage")])]
+    if as_json:
+        _print_json({kind: _offers(kind) for kind in kinds})
+        return
+    for kind in kinds:
+        names = registry.names(f"loraq.{kind}")
+        click.echo(f"{kind:<18}{', '.join(names) or '-'}")
+    click.echo(f"{'recipe':<18}{', '.join(shipped_recipes())}")
+
+
+def _list_kind(kind: str, as_json: bool) -> None:
+    rows = _offers(kind)
+    if as_json:
+        _print_json(rows)
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("name", "what it is", "from"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["name"], row["summary"], f"{row['distribution']} {row['version']}".strip())
+    _console().print(table)
+
+
+def _list_options(kind: str, name: str, as_json: bool) -> None:
+    target = registry.load(f"loraq.{kind}", name)
+    if not isinstance(target, type) or not attrs.has(target):
+        click.echo(f"{kind} {name}: {target!r}")
+        return
+    from loraq.structure import plain
+
+    options = []
+    for field in attrs.fields(target):
+        default = None if field.default is attrs.NOTHING else field.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]  # Factory is a class at run time
+            default = default.factory()  # type: ignore[union-attr]
+        if field.converter is not None and default is not None:
+            default = field.converter(default)
+        options.append({"option": field.name, "default": plain(default), "required": field.default is attrs.NOTHING})
+    if as_json:
+        _print_json(options)
+        return
+    click.echo(f"{kind} {name}: {(target.__doc__ or '').strip()}\n")
+    for option in options:
+        default = "required" if option["required"] else json.dumps(option["default"])
+        click.echo(f"  {option['option']} = {default}")
+    if not options:
+        click.echo("  no options")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+def inspect(folder: Path, as_json: bool) -> None:
+    """Say what is in a quantized FOLDER: layers, formats, bytes, where it came from."""
+    from loraq.inspect import inspect_folder, print_inspection
+
+    found = inspect_folder(folder)
+    if as_json:
+        _print_json(found)
+    else:
+        print_inspection(found, _console())
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, required=True, help="What to draw; may be given several times.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("picture.png"), show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the first picture; each further one has the next.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--call", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the pipeline's call.")
+def generate(
+    folder: Path, prompts: tuple[str, ...], output: Path, seed: int, device: str, settings: tuple[str, ...]
+) -> None:
+    """Draw pictures with the pipeline in FOLDER, quantized or not.
+
+    Arguments of the call, such as num_inference_steps=20, default to the samples' of the recipe that made FOLDER.
+    """
+    from loraq.generate import generate_pictures
+
+    for path in generate_pictures(folder, prompts, output, seed, device, settings):
+        click.echo(path)
+
+
+def main() -> None:
+    """The command's entry point."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted; the same command continues where it stopped", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except RecipeError as error:
+        for fault in error.faults:
+            click.echo(f"error: {fault}", err=True)
+        sys.exit(error.exit_code)
+    except LoraqError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command continues where it stopped", err=True)
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,182 @@
+"""The abstract classes that a stage, a strategy, a number format or a kernel backend implements.
+
+When each method is called, for one layer, in this order:
+
+    bind    AbstractStage.bind, once a recipe (and once per set of overrides), before any weight is read
+    prepare AbstractPreTransform.prepare, then .weight       the weight is transformed: W̃ with x̃ W̃ᵀ = x Wᵀ
+    fit     AbstractLowRank.fit(W̃, main, branch, rank)       makes all codes, through both quantizers
+    pack    AbstractPacking.pack, once a part                 the fit becomes the tensors of the checkpoint
+    run     AbstractKernel.linear, or the reference in ops.py, once a forward pass
+
+Class rule: a class is abstract or final; a final class has all the fields, an abstract one has none; no concrete method
+is overridden. A strategy is a frozen attrs class whose fields are its options, so that a recipe's keys, the Python
+constructor and `loraq list KIND NAME` show the same thing. No method changes its arguments in place, and every method
+is a pure function of its arguments (randomness comes from `context.generator`).
+
+Axes: `out`, `inn` (the weight is (out, inn)), `rank`, `tokens`, `rows`, `columns`, `groups`. Floats are float32 on the
+device of the run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loraq.activation import Activation
+    from loraq.layer import Coded, Fit, LayerContext, Part
+    from loraq.layout import Layout, Stored
+    from loraq.pipeline import LayerRecipe
+
+
+class AbstractFormat(ABC):
+    """A number format: a grid of values, and how a group's scale is stored. Data, found in the group `loraq.format`.
+
+    Equal formats have equal names; a checkpoint names its formats and the loader looks them up.
+    """
+
+    name: str
+    """The name that recipes and checkpoints use."""
+    bits: int
+    """Width of one code."""
+    integer: bool
+    """Whether a code times its group's scale is the value, so that products can run in integers."""
+    limit: int
+    """The largest magnitude of a code that activations use, the grid's top; 0 where there is no scale."""
+
+    @abstractmethod
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        """The tensors that hold a coded (rows, columns) matrix. Called by `plan`, before any weight is read."""
+
+    @abstractmethod
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        """Round `values` (rows, columns) to the grid.
+
+        `limits` (rows, groups) gives the magnitude that is mapped to the top of the grid, the group's largest magnitude
+        where None; larger values saturate. `full_range` lets weights use codes that activations must not (-8 in int4).
+        A group whose values are all zero decodes to zeros.
+        """
+
+    @abstractmethod
+    def decode(self, coded: Coded) -> Tensor:
+        """The values, (rows, columns) float32."""
+
+
+class AbstractPreTransform(ABC):
+    """Rewrites a layer's weight and input so that their product stays the same: `x̃ W̃ᵀ = x Wᵀ` in real arithmetic.
+
+    Strategies of the stage `pre_transform`. What the input needs at run time, the online part, is stored beside the
+    layer: the strategy's options in config.json, its tensors in the checkpoint.
+    """
+
+    @abstractmethod
+    def parts(self, inn: int) -> dict[str, Part]:
+        """The tensors of the online part. Called by `plan`; empty where the options say it all."""
+
+    @abstractmethod
+    def prepare(self, weight: Tensor, context: LayerContext) -> dict[str, Tensor]:
+        """The online part for `weight` (out, inn). Called once a layer, before `weight` and `input`."""
+
+    @abstractmethod
+    def weight(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """W̃ (out, inn)."""
+
+    @abstractmethod
+    def input(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """x̃ (tokens, inn) from x (tokens, inn). Called in every forward pass; must be traceable by torch.compile."""
+
+
+class AbstractQuantizer(ABC):
+    """Turns a matrix into codes. Strategies of the stages `main_quantizer` and `branch_quantizer`."""
+
+    format: AbstractFormat
+    """The format of the codes."""
+    activation: Activation
+    """How the input of the product with these codes is rounded at run time."""
+
+    @abstractmethod
+    def group_for(self, columns: int) -> int:
+        """How many columns share a scale in a matrix of `columns`."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, context: LayerContext) -> Coded:
+        """The final codes of `weight` (rows, columns). Called once a matrix; may be slow and look at the context."""
+
+    @abstractmethod
+    def round(self, weight: Tensor, guess: Coded | None = None) -> Coded:
+        """Codes on the same grid, quickly. Called in every step of a fit.
+
+        `guess` is an earlier answer for a matrix close by (the step before): its scales may be taken as the start of a
+        search, so that the search need not begin anew; None asks for the full search.
+        """
+
+
+class AbstractLowRank(ABC):
+    """Makes all codes of a layer: the branch that makes up for the main quantizer's error, and the main codes."""
+
+    has_branch: ClassVar[bool]
+    """False for strategies that never make a branch; they ask for no rank."""
+
+    @abstractmethod
+    def fit(
+        self, weight: Tensor, main: AbstractQuantizer, branch: AbstractQuantizer, rank: int, context: LayerContext
+    ) -> Fit:
+        """`weight` (out, inn) ≈ main + up @ down, with both factors rounded by `branch`. Called once a layer.
+
+        The answer is never worse, in squared error, than `main.encode(weight)` alone.
+        """
+
+
+class AbstractPacking(ABC):
+    """Lays parts out as the tensors of a checkpoint, and declares the way back. Strategies of the stage `packing`."""
+
+    @abstractmethod
+    def stored(self, part: Part) -> Stored:
+        """Shape and dtype in the file. Called by `plan`; an integer dtype, so that no loader casts it."""
+
+    @abstractmethod
+    def pack(self, tensor: Tensor, part: Part) -> Tensor:
+        """The tensor of the file from the tensor in memory."""
+
+    @abstractmethod
+    def unpack(self, stored: Tensor, part: Part) -> Tensor:
+        """The tensor in memory from the tensor of the file, exactly."""
+
+
+class AbstractStage(ABC):
+    """One step of the pipeline: a kind, its own options, and the strategy it runs. Found in the group `loraq.stage`.
+
+    The group `loraq.KIND` holds its strategies.
+    """
+
+    kind: ClassVar[str]
+    """The word that a recipe writes after `kind =`."""
+    repeatable: ClassVar[bool]
+    """Whether a recipe may list the stage more than once."""
+    name: str
+    """What overrides call this stage: its kind unless the recipe says otherwise."""
+
+    @abstractmethod
+    def bind(self, recipe: LayerRecipe) -> LayerRecipe:
+        """Add this stage's part to what is done to a layer. Raises InputError where it does not go together."""
+
+
+class AbstractKernel(ABC):
+    """A faster version of the packed linear for some devices and layouts. Found in the group `loraq.kernel`.
+
+    The plain torch reference in loraq/ops.py runs wherever no backend takes a layer.
+    """
+
+    device_type: str
+    """The torch device type that the backend runs on, "cpu" or "cuda"."""
+
+    @abstractmethod
+    def refusal(self, layout: Layout) -> str | None:
+        """None where the backend can run layers of this layout here, else a sentence that says why not."""
+
+    @abstractmethod
+    def linear(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
+        """What `ops.reference` computes, bit for bit where the arithmetic is integer."""

@@ -1,0 +1,175 @@
+"""Number formats as data: the grids that codes stand for.
+
+A format is an instance, not a class: `INT4 = IntegerFormat("int4", 4)`; a third party's NF4 is
+`TableFormat("nf4", table)`. Formats are found through the entry point group `loraq.format`, these here like anyone's.
+
+Scales. A group's scale is its limit (the magnitude that is mapped to the top of the grid) divided by the grid's top in
+float32, stored as bfloat16, which has float32's range and so never overflows; codes are then rounded with the *stored*
+scale, to nearest, ties to even. Columns that do not fill the last group are never padded into it: padding is zeros and
+the limit is a maximum, so it cannot change a scale.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+
+from loraq import registry
+from loraq.contracts import AbstractFormat
+from loraq.layer import Coded, Part, groups_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from loraq.lazy import torch
+
+
+def grouped(values: Tensor, group: int) -> Tensor:
+    """(rows, groups, group) from (rows, columns), the last group filled up with zeros."""
+    rows, columns = values.shape
+    groups = groups_of(columns, group)
+    if groups * group != columns:
+        values = torch.nn.functional.pad(values, (0, groups * group - columns))
+    return values.reshape(rows, groups, group)
+
+
+def ungrouped(values: Tensor, columns: int) -> Tensor:
+    """(rows, columns) from (rows, groups, group): the way back from `grouped`."""
+    return values.reshape(values.shape[0], -1)[:, :columns]
+
+
+def largest(values: Tensor, group: int) -> Tensor:
+    """Each group's largest magnitude, (rows, groups)."""
+    return grouped(values, group).abs().amax(dim=-1)
+
+
+def _stored_scales(limits: Tensor, top: float) -> Tensor:
+    """Scales (rows, groups) bfloat16 that map `limits` to the top of the grid."""
+    return (limits / top).to(torch.bfloat16)
+
+
+def _divided(values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """`values / scale`, (rows, groups, group) float32; 0 where the scale is 0."""
+    divisor = scales.float().unsqueeze(-1)
+    return grouped(values, group) / torch.where(divisor == 0, torch.inf, divisor)
+
+
+@attrs.frozen
+class IntegerFormat(AbstractFormat):
+    """Two's complement integers of `bits` bits, symmetric, one bfloat16 scale a group."""
+
+    name: str
+    bits: int
+
+    @property
+    def integer(self) -> bool:
+        return True
+
+    @property
+    def limit(self) -> int:
+        return int(2 ** (self.bits - 1)) - 1
+
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)
+        return {"codes": Part.codes(rows, columns, self.bits), "scales": scales}
+
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        rows, columns = values.shape
+        scales = _stored_scales(largest(values, group) if limits is None else limits, self.limit)
+        lowest = -self.limit - 1 if full_range else -self.limit
+        codes = _divided(values, scales, group).round_().clamp_(lowest, self.limit).to(torch.int8)
+        return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
+
+    def decode(self, coded: Coded) -> Tensor:
+        scaled = grouped(coded.codes.float(), coded.group) * coded.scales.float().unsqueeze(-1)
+        return ungrouped(scaled, coded.shape[1]).contiguous()
+
+
+def _ascending(instance: Any, attribute: Any, table: tuple[float, ...]) -> None:
+    if list(table) != sorted(set(table)) or not 2 <= len(table) <= 256:
+        raise ValueError(f"TableFormat.{attribute.name} must be 2 to 256 ascending values, got {table!r}.")
+
+
+@attrs.frozen
+class TableFormat(AbstractFormat):
+    """Values looked up in a table, one bfloat16 scale a group: code k stands for `table[k] * scale`.
+
+    `table` ascends and has at most 2^bits values; its largest magnitude is the top of the grid. There is no integer
+    path: products decode the weights first.
+    """
+
+    name: str
+    bits: int
+    table: tuple[float, ...] = attrs.field(validator=_ascending, repr=False)
+
+    @property
+    def integer(self) -> bool:
+        return False
+
+    @property
+    def limit(self) -> int:
+        return 0
+
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)
+        return {"codes": Part.codes(rows, columns, self.bits, signed=False), "scales": scales}
+
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        del full_range  # a table has one range
+        rows, columns = values.shape
+        table = torch.tensor(self.table, dtype=torch.float32, device=values.device)
+        top = float(table.abs().max())
+        scales = _stored_scales(largest(values, group) if limits is None else limits, top)
+        middles = (table[1:] + table[:-1]) / 2
+        codes = torch.bucketize(_divided(values, scales, group), middles).to(torch.uint8)
+        return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
+
+    def decode(self, coded: Coded) -> Tensor:
+        table = torch.tensor(self.table, dtype=torch.float32, device=coded.codes.device)
+        scaled = grouped(table[coded.codes.long()], coded.group) * coded.scales.float().unsqueeze(-1)
+        return ungrouped(scaled, coded.shape[1]).contiguous()
+
+
+@attrs.frozen
+class FloatFormat(AbstractFormat):
+    """Plain floating point values without scales, as a 16-bit branch stores them."""
+
+    name: str
+    bits: int
+
+    @property
+    def integer(self) -> bool:
+        return False
+
+    @property
+    def limit(self) -> int:
+        return 0
+
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        return {"values": Part((rows, columns), self.name, self.bits)}
+
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        del limits, full_range  # nothing is scaled
+        rows, columns = values.shape
+        return Coded(self, (rows, columns), group, {"values": values.to(getattr(torch, self.name))})
+
+    def decode(self, coded: Coded) -> Tensor:
+        return coded.parts["values"].float()
+
+
+INT4 = IntegerFormat("int4", 4)
+INT6 = IntegerFormat("int6", 6)
+INT8 = IntegerFormat("int8", 8)
+BFLOAT16 = FloatFormat("bfloat16", 16)
+
+
+def named(value: str | AbstractFormat) -> AbstractFormat:
+    """The format called `value`; a format is returned as it is. Raises RegistryError with the names on offer."""
+    if isinstance(value, AbstractFormat):
+        return value
+    found = registry.load("loraq.format", value)
+    if not isinstance(found, AbstractFormat):
+        raise registry.broken("loraq.format", value, f"is not a number format but {type(found).__name__}")
+    return cast("AbstractFormat", found)

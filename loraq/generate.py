@@ -1,0 +1,45 @@
+"""Draw pictures with a pipeline's folder, for `loraq generate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loraq.errors import InputError
+from loraq.quantize import resolved_device
+from loraq.run import PROVENANCE
+from loraq.samples import draw, load_pipeline
+
+
+def generate_pictures(
+    folder: Path, prompts: Sequence[str], output: Path, seed: int, device: str, settings: Sequence[str]
+) -> list[Path]:
+    """Draw a picture for each prompt; several are numbered. Returns their paths."""
+    from loraq.recipe import toml_value
+
+    call = _recorded_call(folder)
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise InputError(f"--call {setting}: expected name=value, such as num_inference_steps=20.")
+        call[name] = toml_value(value)
+    pipeline = load_pipeline(folder, resolved_device(device))
+    pictures = draw(pipeline, prompts, seed, call, "drawing")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for place, picture in enumerate(pictures):
+        numbered = output.with_stem(f"{output.stem}-{place}") if len(pictures) > 1 else output
+        picture.save(numbered)
+        paths.append(numbered)
+    return paths
+
+
+def _recorded_call(folder: Path) -> dict[str, Any]:
+    """The call's arguments that the recipe of a quantized folder drew its samples with; nothing where there is none."""
+    path = folder / PROVENANCE
+    if not path.exists():
+        return {}
+    samples = json.loads(path.read_text(encoding="utf-8")).get("recipe", {}).get("samples") or {}
+    return dict(samples.get("call", {}))

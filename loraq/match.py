@@ -1,0 +1,128 @@
+"""Which layers of a module are quantized, and why the others are not: decided by class, never by a weight's shape.
+
+A layer is linear if it is an `nn.Linear` or a `Conv2d` that is a product in disguise: kernel 1x1, stride 1, no padding,
+one group (SANA keeps most of its weights in those). A subclass with a forward of its own is left alone.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+
+import attrs
+from torch import Tensor, nn
+
+from loraq.families import Family
+from loraq.layout import Layout
+from loraq.pipeline import LayerRecipe, Pipeline
+from loraq.recipe import Override
+from loraq.structure import keys_of
+
+
+@attrs.frozen
+class MatchedLayer:
+    """A layer that will be quantized."""
+
+    name: str
+    out: int
+    inn: int
+    convolution: bool
+    bias: bool
+    recipe: LayerRecipe = attrs.field(repr=False)
+    layout: Layout = attrs.field(repr=False)
+
+
+@attrs.frozen
+class SkippedLayer:
+    """A layer with weights that stays as it is, and why."""
+
+    name: str
+    weights: int
+    reason: str
+
+
+def linear_weight(module: nn.Module) -> Tensor | None:
+    """The (out, inn) weight of a linear layer, None for a module that is none."""
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return module.weight
+    if isinstance(module, nn.Conv2d) and _is_pointwise(module):
+        return module.weight.flatten(1)
+    return None
+
+
+def _is_pointwise(module: nn.Conv2d) -> bool:
+    return (
+        type(module).forward is nn.Conv2d.forward
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding in ((0, 0), "valid", "same")
+        and module.groups == 1
+    )
+
+
+def _matching(name: str, patterns: tuple[str, ...]) -> str | None:
+    """The first pattern that matches."""
+    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def match_layers(
+    module: nn.Module, pipeline: Pipeline, family: Family
+) -> tuple[tuple[MatchedLayer, ...], tuple[SkippedLayer, ...]]:
+    """The layers of `module` that the pipeline quantizes, and those it leaves, in the module's order."""
+    matched: list[MatchedLayer] = []
+    skipped: list[SkippedLayer] = []
+    defaults = _weight_only(family, pipeline)
+    recipes: dict[tuple[bool, ...], LayerRecipe | None] = {}
+    for name, child, weight in _with_weights(module):
+        reason = _reason_to_skip(name, child, weight, pipeline, family)
+        if reason is None and weight is not None:
+            # Layers that the same overrides match share one bound recipe.
+            key = tuple(override.matches(name) for override in (*defaults, *pipeline.overrides))
+            if key not in recipes:
+                recipes[key] = pipeline.layer_recipe(name, defaults)
+            recipe = recipes[key]
+            if recipe is not None:
+                out, inn = weight.shape
+                convolution = isinstance(child, nn.Conv2d)
+                has_bias = getattr(child, "bias", None) is not None
+                layout = recipe.layout(out, inn)
+                matched.append(MatchedLayer(name, out, inn, convolution, has_bias, recipe, layout))
+                continue
+            reason = "[[layers]] says skip"
+        own = sum(parameter.numel() for parameter in child.parameters(recurse=False))
+        skipped.append(SkippedLayer(name, own, reason or "not a linear layer"))
+    return tuple(matched), tuple(skipped)
+
+
+def _with_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
+    """(name, module, (out, inn) weight or None) of each submodule that has a weight of two or more dimensions."""
+    for name, child in module.named_modules():
+        own = list(child.parameters(recurse=False))
+        if any(parameter.dim() >= 2 for parameter in own):
+            yield name, child, linear_weight(child)
+
+
+def _reason_to_skip(
+    name: str, child: nn.Module, weight: Tensor | None, pipeline: Pipeline, family: Family
+) -> str | None:
+    """Why a layer stays as it is, None where nothing speaks against quantizing it."""
+    if weight is None:
+        return f"a {type(child).__name__}, not a linear layer"
+    if pattern := _matching(name, pipeline.skip):
+        return f"model.skip has '{pattern}'"
+    if _matching(name, pipeline.keep):
+        return None
+    if pattern := _matching(name, family.skip):
+        return f"the model family keeps '{pattern}' in 16 bits"
+    return None
+
+
+def _weight_only(family: Family, pipeline: Pipeline) -> tuple[Override, ...]:
+    """The family's weight-only layers as overrides that come before the recipe's own."""
+    options = {
+        stage.name: {"activation": "none"}
+        for stage in pipeline.stages
+        if stage.kind in ("main_quantizer", "branch_quantizer")
+        and "activation" in keys_of(type(getattr(stage, "strategy", stage)))
+    }
+    return (Override(match=family.weight_only, options=options),) if family.weight_only else ()

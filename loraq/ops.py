@@ -1,0 +1,160 @@
+"""The packed operations: one torch operation a layer, its plain reference, and the choice of a faster backend.
+
+`loraq::linear(x, tensors, bias, layout)` computes a packed layer from its stored tensors. `reference` below is what it
+means, in plain torch, slow and easy to read; a backend of the group `loraq.kernel` (loraq/contracts.py, AbstractKernel)
+that accepts the device and the layout computes the same faster. To add an operation's backend: write the class in a
+module of its own, name it in your distribution's entry points, and run tests/contracts.py against it.
+
+What a layer computes, for x (tokens, inn), all sums in float32:
+
+    x̃ = transforms(x)
+    y = q(x̃) · mainᵀ  +  q'( q'(x̃) · downᵀ ) · upᵀ  +  bias
+
+q and q' round to the main and the branch quantizer's activation. Both operands of a product being integers, each pair
+of groups is multiplied in integers, exactly, and scaled afterwards; the groups are added up in order of their columns:
+
+    y[t, o] = Σ_segments  (Σ_k codes_x[t, k] · codes_w[o, k]) · scale_x[t, segment] · scale_w[o, segment]
+
+A segment is a run of columns within one group of either side. Where one side has no integer codes (a table format, an
+activation "none") it is decoded and the product runs in float32.
+
+The layout travels through torch.compile and torch.export as a string (its key), tensors as tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from loraq import registry
+from loraq.activation import Activation
+from loraq.contracts import AbstractKernel
+from loraq.errors import RegistryError
+from loraq.layer import Coded
+from loraq.layout import Layout
+
+_EXACT_FLOAT32 = 2**24
+"""Integers up to this are exact in float32, so that a float matmul of integers is exact in any order of sums."""
+
+
+_LAYOUTS: dict[str, Layout] = {}
+"""Layouts by key, so that an operation need not parse the key again."""
+
+
+def _layout(key: str) -> Layout:
+    if key not in _LAYOUTS:  # a key from another process, in an exported program
+        _LAYOUTS[key] = Layout.from_plain(json.loads(key))
+    return _LAYOUTS[key]
+
+
+def layout_key(layout: Layout) -> str:
+    """The string that stands for a layout in an operation's arguments: its JSON.
+
+    A layout of strategies that no entry point names gets its repr, which this process alone understands.
+    """
+    try:
+        key = json.dumps(layout.to_plain(), sort_keys=True)
+    except RegistryError:
+        key = repr(layout)
+    _LAYOUTS.setdefault(key, layout)
+    return key
+
+
+def linear(input: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, key: str) -> Tensor:
+    """A packed layer's output (..., out) in the input's dtype, from input (..., inn).
+
+    `tensors` are the stored tensors in the order of `Layout.stored()`, `key` is `layout_key(layout)`.
+    """
+    return torch.ops.loraq.linear(input, list(tensors), bias, key)
+
+
+@torch.library.custom_op("loraq::linear", mutates_args=())
+def _linear(input: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
+    described = _layout(layout)
+    named = dict(zip(described.stored(), tensors, strict=True))
+    kernel = kernel_for(described, input.device.type)
+    rows = input.reshape(-1, described.inn)
+    output = (reference if kernel is None else kernel.linear)(rows, named, bias, described)
+    return output.reshape(*input.shape[:-1], described.out)
+
+
+@_linear.register_fake
+def _(input: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
+    del tensors, bias
+    return input.new_empty((*input.shape[:-1], _layout(layout).out))
+
+
+@functools.cache
+def kernel_for(layout: Layout, device_type: str) -> AbstractKernel | None:
+    """The first backend that runs this layout on such a device, None where the reference has to."""
+    for name in registry.names("loraq.kernel"):
+        backend = registry.load("loraq.kernel", name)
+        kernel = backend() if isinstance(backend, type) else backend
+        if not isinstance(kernel, AbstractKernel):
+            raise registry.broken("loraq.kernel", name, "is not an AbstractKernel")
+        if kernel.device_type == device_type and kernel.refusal(layout) is None:
+            return kernel
+    return None
+
+
+def reference(input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
+    """The packed layer in plain torch: output (tokens, out) in the dtype of `input` (tokens, inn)."""
+    transformed = layout.transformed(input.float(), tensors)
+    rounded: dict[Activation, Coded | Tensor] = {}
+
+    def activations(kind: Activation) -> Coded | Tensor:
+        if kind not in rounded:  # main and branch often agree: round once
+            rounded[kind] = quantize_activation(transformed, kind)
+        return rounded[kind]
+
+    output = product(activations(layout.activation), layout.coded("main", tensors))
+    if layout.rank:
+        thin = product(activations(layout.branch_activation), layout.coded("down", tensors))
+        thin_rounded = quantize_activation(thin, layout.branch_activation)
+        output = output + product(thin_rounded, layout.coded("up", tensors))
+    if bias is not None:
+        output = output + bias.float()
+    return output.to(input.dtype)
+
+
+def quantize_activation(input: Tensor, kind: Activation) -> Coded | Tensor:
+    """`input` (tokens, columns) float32 rounded as `kind` says: coded, or itself for "none"."""
+    if kind.format is None:
+        return input
+    return kind.format.encode(input, kind.group_for(input.shape[1]))
+
+
+def product(input: Coded | Tensor, weight: Coded) -> Tensor:
+    """`input (tokens, columns) · weightᵀ` for weight (rows, columns): (tokens, rows) float32.
+
+    In integers where both sides have them, else decoded.
+    """
+    if isinstance(input, Coded) and input.format.integer and weight.format.integer:
+        return _integer_product(input, weight)
+    values = input.decode() if isinstance(input, Coded) else input
+    return values @ weight.decode().T
+
+
+def _integer_product(input: Coded, weight: Coded) -> Tensor:
+    columns = weight.shape[1]
+    output = torch.zeros(input.shape[0], weight.shape[0], dtype=torch.float32, device=weight.codes.device)
+    input_scales, weight_scales = input.scales.float(), weight.scales.float()
+    largest = 2 ** (input.format.bits - 1) * 2 ** (weight.format.bits - 1)
+    for start, end in _segments(columns, input.group, weight.group):
+        # Floating point carries the integers exactly; int8 matmuls exist on few devices.
+        carrier = torch.float32 if largest * (end - start) <= _EXACT_FLOAT32 else torch.float64
+        sums = input.codes[:, start:end].to(carrier) @ weight.codes[:, start:end].to(carrier).T
+        scale_x = input_scales[:, start // input.group].unsqueeze(1)
+        output += sums.float() * scale_x * weight_scales[:, start // weight.group]
+    return output
+
+
+def _segments(columns: int, *groups: int) -> list[tuple[int, int]]:
+    """Runs (start, end) of columns that lie within one group each of all the groupings."""
+    cuts = sorted({0, columns, *(cut for group in groups for cut in range(0, columns, group))})
+    return list(itertools.pairwise(cuts))

@@ -1,0 +1,284 @@
+"""The pipeline: stages in order, bound into what is done to a layer, and done to it.
+
+Two phases. `bind` turns the stages of a recipe into one frozen `LayerRecipe`, before any weight is read, and refuses
+what does not go together. `quantize_layer` then sends one weight through it:
+
+    weight --transforms--> W̃ --before_fit--> --low_rank.fit--> Fit --after_fit--> --packing--> stored tensors, record
+
+What a TOML recipe builds and what a Python user builds by hand are the same `Pipeline`, and both ways give the same
+bytes: the only randomness comes from a generator that is seeded by (seed, layer name).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from loraq import registry
+from loraq.activation import NONE
+from loraq.contracts import AbstractLowRank, AbstractPacking, AbstractPreTransform, AbstractQuantizer, AbstractStage
+from loraq.errors import InputError, LoraqError, ModelError
+from loraq.layer import Fit, LayerContext, LayerRecord
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from loraq.layout import Layout
+    from loraq.recipe import Override
+    from loraq.report import Report
+else:
+    from loraq.lazy import torch
+
+
+@attrs.frozen
+class LayerRecipe:
+    """What is done to one layer: all stages, bound.
+
+    A third party's own stage adds itself to `before_fit`, functions of (W̃, context) that give a weight to fit instead,
+    or to `after_fit`, functions of (fit, W̃, context) that give another fit of the same shapes.
+    """
+
+    transforms: tuple[AbstractPreTransform, ...] = ()
+    main: AbstractQuantizer | None = None
+    low_rank: AbstractLowRank | None = None
+    rank: int | None = None
+    budget: int | str | None = None
+    branch: AbstractQuantizer | None = None
+    packing: AbstractPacking | None = None
+    before_fit: tuple[Callable[[Tensor, LayerContext], Tensor], ...] = ()
+    after_fit: tuple[Callable[[Fit, Tensor, LayerContext], Fit], ...] = ()
+
+    def rank_for(self, out: int, inn: int) -> int:
+        """The branch's rank in an (out, inn) layer."""
+        from loraq.budget import budget_bytes, rank_within
+
+        bound = _bound(self)
+        if self.budget is not None:
+            return rank_within(budget_bytes(self.budget, out, inn), bound.branch, bound.packing, out, inn)
+        return min(self.rank or 0, out, inn)
+
+    def layout(self, out: int, inn: int) -> Layout:
+        """The packed layer that this recipe makes of an (out, inn) weight, before any weight is read."""
+        from loraq.budget import branch_storage
+        from loraq.layout import Layout, Storage
+
+        bound = _bound(self)
+        rank = self.rank_for(out, inn)
+        down, up = branch_storage(bound.branch, rank, inn) if rank else (None, None)
+        return Layout(
+            out=out,
+            inn=inn,
+            rank=rank,
+            main=Storage(bound.main.format, bound.main.group_for(inn)),
+            activation=bound.main.activation,
+            down=down,
+            up=up,
+            branch_activation=bound.branch.activation if rank else NONE,
+            transforms=self.transforms,
+            packing=bound.packing,
+        )
+
+
+@attrs.frozen
+class _Bound:
+    """A LayerRecipe's parts once all are there."""
+
+    main: AbstractQuantizer
+    low_rank: AbstractLowRank
+    branch: AbstractQuantizer
+    packing: AbstractPacking
+
+
+def _bound(recipe: LayerRecipe) -> _Bound:
+    if recipe.main is None or recipe.low_rank is None or recipe.branch is None or recipe.packing is None:
+        raise LoraqError(
+            "this LayerRecipe has no main quantizer, low-rank fit, branch quantizer or packing: use bind()."
+        )
+    return _Bound(recipe.main, recipe.low_rank, recipe.branch, recipe.packing)
+
+
+_DEFAULTS = {"low_rank": "none", "branch_quantizer": "none", "packing": "rows"}
+
+
+def bind(stages: Sequence[AbstractStage]) -> LayerRecipe:
+    """The stages as one LayerRecipe. Raises InputError where they do not go together.
+
+    `main_quantizer` is required. Left out, `low_rank` is "none", `branch_quantizer` "none" (16 bits), `packing` "rows".
+    """
+    seen: dict[str, int] = {}
+    recipe = LayerRecipe()
+    for stage in stages:
+        seen[stage.kind] = seen.get(stage.kind, 0) + 1
+        if seen[stage.kind] == 2 and not stage.repeatable:
+            raise InputError(f"stage '{stage.kind}' is listed twice; only one is possible")
+        recipe = stage.bind(recipe)
+    if recipe.main is None:
+        raise InputError("there is no stage 'main_quantizer'; add one, such as strategy \"rtn\"")
+    for kind, name in _DEFAULTS.items():
+        if kind not in seen:
+            recipe = make_stage(kind, name).bind(recipe)
+    return recipe
+
+
+def make_stage(kind: str, strategy: str | None = None, **options: Any) -> AbstractStage:
+    """A stage by its registered names, with the options a recipe would write: `stage("low_rank", "loraq", rank=32)`.
+
+    Raises RecipeError for unknown names, unknown options and wrong values, all at once.
+    """
+    from loraq.recipe import structure_stage
+
+    table = {"kind": kind} | ({} if strategy is None else {"strategy": strategy}) | options
+    return structure_stage(table, f"stage '{kind}'")
+
+
+@attrs.frozen(eq=False)
+class QuantizedLayer:
+    """A layer that went through the pipeline: its layout, its stored tensors (on the CPU), and the record."""
+
+    layout: Layout
+    tensors: Mapping[str, Tensor]
+    record: LayerRecord
+
+
+def layer_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of a layer's randomness: seeded by the recipe's seed and the layer's name, nothing else."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def relative_error(weight: Tensor, approximation: Tensor) -> float:
+    """`||weight - approximation|| / ||weight||`, 0 for a weight of zeros."""
+    norm = float(weight.double().norm())
+    return float((weight - approximation).double().norm()) / norm if norm > 0 else 0.0
+
+
+def quantize_layer(name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int) -> QuantizedLayer:
+    """One layer through the pipeline: `weight` (out, inn), any float dtype, on the device of the run.
+
+    Raises ModelError for a weight that is not finite, LoraqError for a strategy that breaks its contract.
+    """
+    started = time.perf_counter()
+    digest = hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    if not bool(torch.isfinite(weight).all()):
+        kind = "NaN" if bool(torch.isnan(weight).any()) else "an infinite value"
+        raise ModelError(f"layer '{name}': its weight has {kind}; mend the model, or skip the layer with model.skip.")
+    bound = _bound(recipe)
+    layout = recipe.layout(*weight.shape)
+    with torch.no_grad():
+        transformed = weight.detach().float()
+        context = LayerContext(name, layer_generator(seed, name, weight.device))
+        parts: dict[str, Tensor] = {}
+        for index, transform in enumerate(recipe.transforms):
+            online = transform.prepare(transformed, context)
+            parts |= {f"transform.{index}.{key}": tensor for key, tensor in online.items()}
+            transformed = transform.weight(transformed, online)
+        for before in recipe.before_fit:
+            transformed = before(transformed, context)
+        error_before = relative_error(transformed, bound.main.encode(transformed, context).decode())
+        fit = bound.low_rank.fit(transformed, bound.main, bound.branch, layout.rank, context)
+        for after in recipe.after_fit:
+            fit = after(fit, transformed, context)
+        _check_fit(name, fit, layout)
+        for matrix, coded in (("main", fit.main), ("down", fit.down), ("up", fit.up)):
+            if coded is not None:
+                parts |= {f"{matrix}.{key}": tensor for key, tensor in coded.parts.items()}
+        tensors = {key: tensor.cpu() for key, tensor in layout.pack(parts).items()}
+        error_after = relative_error(transformed, fit.decode())
+    record = LayerRecord(
+        name=name,
+        out=layout.out,
+        inn=layout.inn,
+        rank=layout.rank,
+        error_before=error_before,
+        error_after=error_after,
+        stored_bytes=layout.stored_bytes,
+        seconds=time.perf_counter() - started,
+        source_digest=digest,
+    )
+    return QuantizedLayer(layout, tensors, record)
+
+
+def _check_fit(name: str, fit: Fit, layout: Layout) -> None:
+    """What the fit made must be what the layout promised: its bytes are already spoken for."""
+    made = {"main": fit.main, "down": fit.down, "up": fit.up}
+    for matrix, storage, rows, columns in layout.matrices():
+        coded = made.pop(matrix)
+        if coded is None or (coded.format, coded.group, coded.shape) != (
+            storage.format,
+            storage.group,
+            (rows, columns),
+        ):
+            raise LoraqError(
+                f"layer '{name}': the fit made {matrix} = {coded!r}, but a {rows} x {columns} matrix in "
+                f"{storage.format.name} with groups of {storage.group} was announced; the strategy breaks its contract."
+            )
+    for matrix, coded in made.items():
+        if coded is not None:
+            raise LoraqError(f"layer '{name}': the fit made '{matrix}' for rank 0; the strategy breaks its contract.")
+
+
+@attrs.frozen
+class Pipeline:
+    """Stages in order, overrides for some layers, and a seed: `Pipeline([...]).quantize(module)`.
+
+    `skip` and `keep` are fnmatch patterns over full dotted names: layers left in 16 bits beside the model family's own,
+    and layers quantized although the family would leave them. `threads` is the number of threads of one fit (part of
+    the result: sums round differently), `workers` how many fits run at once (not part of it); 0 takes one a core.
+    """
+
+    stages: tuple[AbstractStage, ...] = attrs.field(converter=tuple)
+    overrides: tuple[Override, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+    skip: tuple[str, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+    keep: tuple[str, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+    seed: int = attrs.field(default=0, kw_only=True)
+    threads: int = attrs.field(default=1, kw_only=True)
+    workers: int = attrs.field(default=0, kw_only=True)
+    device: str = attrs.field(default="auto", kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        bind(self.stages)
+
+    def layer_recipe(self, name: str, defaults: Sequence[Override] = ()) -> LayerRecipe | None:
+        """What is done to the layer called `name`: None where an override skips it.
+
+        `defaults` are the model family's overrides, which the pipeline's own come after.
+        """
+        from loraq.recipe import overridden
+
+        matching = [each for each in (*defaults, *self.overrides) if each.matches(name)]
+        if any(each.skip for each in matching):
+            return None
+        return bind(overridden(self.stages, matching))
+
+    def quantize(self, module: torch.nn.Module, *, family: str | None = None) -> Report:
+        """Quantize `module` in place: each linear layer becomes a PackedLinear. Returns the report.
+
+        `family` names a model family whose defaults apply (loraq/families.py); None takes the module's class name, and
+        for an unknown class every linear layer is quantized. Raises ModelError before anything is changed.
+        """
+        from loraq.quantize import quantize_module
+
+        return quantize_module(self, module, family=family)
+
+    def run(self, folder: str | Path, output: str | Path, *, component: Sequence[str] = ("transformer",)) -> Report:
+        """Quantize the pipeline or component in `folder` into `output`, as `loraq run` does. Returns the report."""
+        from loraq.recipe import ModelSource, Recipe, RunOptions
+        from loraq.run import run_recipe
+
+        source = ModelSource(folder=str(folder), component=tuple(component), skip=self.skip, keep=self.keep)
+        options = RunOptions(
+            output=str(output), seed=self.seed, threads=self.threads, workers=self.workers, device=self.device
+        )
+        return run_recipe(Recipe(model=source, run=options, stage=self.stages, layers=self.overrides))
+
+
+def strategy_name(kind: str, strategy: object) -> str:
+    """The registered name of a strategy object."""
+    return registry.name_of(f"loraq.{kind}", type(strategy))

@@ -1,0 +1,149 @@
+"""What a run will do, known from headers and classes alone: layers, sizes, every file's header and offsets.
+
+The plan replaces the matched layers of the model on the meta device by empty PackedLinears; the state dict of that
+skeleton *is* the checkpoint's list of tensors, so that the files have the very bytes that `save_pretrained` would
+write, and `plan` foretells their size exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from loraq.families import family_of
+from loraq.match import MatchedLayer, match_layers
+from loraq.pipeline import Pipeline
+from loraq.quantize import replace_layer
+from loraq.report import Skipped
+from loraq.source import DTYPES, Component, Source, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loraq.checkpoint import FilePlan
+
+_SAFETENSORS_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+
+
+@attrs.frozen
+class ComponentPlan:
+    """What will be done to one component.
+
+    `kept` names the tensors that are copied; `files` says what is written where; `config_text` is the result's
+    config.json, as `save_pretrained` would write it.
+    """
+
+    component: Component = attrs.field(repr=False)
+    layers: tuple[MatchedLayer, ...]
+    skipped: tuple[Skipped, ...]
+    kept: tuple[str, ...]
+    files: tuple[FilePlan, ...] = attrs.field(repr=False)
+    config_text: str = attrs.field(repr=False)
+
+    def weight_name(self, layer: MatchedLayer) -> str:
+        """The name of a layer's weight in the source."""
+        return f"{layer.name}.weight"
+
+
+@attrs.frozen
+class Plan:
+    """What a run will do to a whole source."""
+
+    source: Source
+    components: tuple[ComponentPlan, ...]
+
+    @property
+    def layers(self) -> Iterable[MatchedLayer]:
+        """All matched layers."""
+        return [layer for component in self.components for layer in component.layers]
+
+    @property
+    def weights(self) -> int:
+        """How many weights will be quantized."""
+        return sum(layer.out * layer.inn for layer in self.layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Stored bytes of the packed layers but for their biases."""
+        return sum(layer.layout.stored_bytes for layer in self.layers)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of all safetensors files that will be written."""
+        return sum(file.size for component in self.components for file in component.files)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the safetensors files that will be read."""
+        return sum(path.stat().st_size for component in self.components for path in component.component.files)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "source": str(self.source.root),
+            "source_bytes": self.source_bytes,
+            "written_bytes": self.written_bytes,
+            "quantized_weights": self.weights,
+            "packed_bytes": self.packed_bytes,
+            "effective_bits": 8 * self.packed_bytes / self.weights if self.weights else 0.0,
+            "components": [
+                {
+                    "name": each.component.name,
+                    "class": each.component.class_name,
+                    "layers": [
+                        {
+                            "name": layer.name,
+                            "convolution": layer.convolution,
+                            "stored_bytes": layer.layout.stored_bytes,
+                            **layer.layout.to_plain(),
+                        }
+                        for layer in each.layers
+                    ],
+                    "skipped": [attrs.asdict(skip) for skip in each.skipped],
+                    "files": {file.name: file.size for file in each.files},
+                }
+                for each in self.components
+            ],
+        }
+
+
+def make_plan(source: Source, pipeline: Pipeline) -> Plan:
+    """The plan for a source. Raises InputError for whatever does not fit, before any weight is read."""
+    return Plan(source, tuple(_component_plan(component, pipeline) for component in source.components))
+
+
+def _component_plan(component: Component, pipeline: Pipeline) -> ComponentPlan:
+    from loraq.checkpoint import plan_files
+    from loraq.diffusers import quantization_config
+
+    skeleton = component.skeleton()
+    family = family_of(component.class_name, diffusers=True)
+    matched, skipped = match_layers(skeleton, pipeline, family)
+    for layer in matched:
+        replace_layer(skeleton, layer, None)
+    quantized = {layer.name for layer in matched}
+    specs: dict[str, TensorSpec] = {}
+    kept: list[str] = []
+    for name, tensor in skeleton.state_dict().items():
+        if name in component.tensors:  # kept as it is, biases included
+            specs[name] = component.tensors[name]
+            kept.append(name)
+        else:
+            specs[name] = _spec(tensor)
+    unknown = [
+        Skipped(name, 0, "not a tensor of this model class; it is left out")
+        for name in component.tensors
+        if name not in specs and not (name.endswith(".weight") and name.removesuffix(".weight") in quantized)
+    ]
+    layouts = {layer.name: layer.layout for layer in matched}
+    convolutions = {layer.name for layer in matched if layer.convolution}
+    skeleton.register_to_config(quantization_config=quantization_config(layouts, convolutions))  # type: ignore[operator]
+    config_text: str = skeleton.to_json_string()  # type: ignore[operator]
+    told = tuple(Skipped(each.name, each.weights, each.reason) for each in skipped)
+    return ComponentPlan(component, matched, (*told, *unknown), tuple(kept), plan_files(specs), config_text)
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(_SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))

@@ -1,0 +1,129 @@
+"""Quantize a module in memory, and the workers that fit several layers at once.
+
+Layers are independent: each is fitted by one worker thread with its own number of torch threads (torch's operations and
+the Numba kernels release the interpreter's lock), and no result depends on how many workers there are or who finishes
+first. The module is changed only after the last layer succeeded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from loraq.errors import InputError, ModelError
+from loraq.families import family_of
+from loraq.linear import PackedLinear
+from loraq.match import MatchedLayer, linear_weight, match_layers
+from loraq.pipeline import Pipeline, QuantizedLayer, quantize_layer
+from loraq.progress import Progress
+from loraq.report import Report, Skipped
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def resolved_device(device: str) -> torch.device:
+    """The torch device that a recipe's `device` means. Raises InputError where it is not to be had."""
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"run.device: '{device}' is not to be had here ({reason}); use 'auto' or 'cpu'.") from None
+    return found
+
+
+def resolved_workers(workers: int, threads: int) -> int:
+    """How many fits run at once: as many as asked, or as many as fill the cores that this process may use."""
+    return workers or max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, threads: int
+) -> Iterator[tuple[Item, Result]]:
+    """(item, function(item)) as they finish, with at most `workers` in flight, each with `threads` torch threads.
+
+    The first error ends it: what is in flight is finished, nothing new is begun.
+    """
+    outside = torch.get_num_threads()
+    waiting = iter(items)
+    running: dict[Future[Result], Item] = {}
+    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
+    try:
+        for item in waiting:
+            running[executor.submit(function, item)] = item
+            if len(running) == workers:
+                break
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                item = running.pop(future)
+                result = future.result()
+                for following in waiting:
+                    running[executor.submit(function, following)] = following
+                    break
+                yield item, result
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(outside)
+
+
+def quantize_module(pipeline: Pipeline, module: nn.Module, *, family: str | None = None) -> Report:
+    """See `Pipeline.quantize`."""
+    import loraq.diffusers as integration
+
+    is_diffusers = integration.is_diffusers_model(module)
+    chosen = family_of(family or type(module).__name__, diffusers=is_diffusers)
+    matched, skipped = match_layers(module, pipeline, chosen)
+    if any(not layer.name for layer in matched):
+        raise ModelError(
+            "the module itself is a linear layer and cannot be replaced in place; wrap it in a Sequential."
+        )
+    if any(isinstance(child, PackedLinear) for child in module.modules()):
+        raise ModelError("the module holds packed layers already; quantize the 16-bit model instead.")
+
+    def fitted(layer: MatchedLayer) -> QuantizedLayer:
+        weight = linear_weight(module.get_submodule(layer.name))
+        assert weight is not None, "matched layers are linear"
+        if weight.is_meta:
+            raise ModelError(f"layer '{layer.name}' is on the meta device: load the weights before quantizing.")
+        target = weight.device if pipeline.device == "auto" else resolved_device(pipeline.device)
+        return quantize_layer(layer.name, weight.detach().to(target), layer.recipe, seed=pipeline.seed)
+
+    results: dict[str, QuantizedLayer] = {}
+    workers = resolved_workers(pipeline.workers, pipeline.threads)
+    with Progress("quantizing", sum(layer.out * layer.inn for layer in matched)) as progress:
+        for layer, result in in_parallel(fitted, matched, workers=workers, threads=pipeline.threads):
+            results[layer.name] = result
+            progress.advance(layer.out * layer.inn, layer.name)
+    for layer in matched:
+        replace_layer(module, layer, results[layer.name])
+    if is_diffusers:
+        integration.mark_quantized(module)
+    return Report(
+        layers=tuple(results[layer.name].record for layer in matched),
+        skipped=tuple(Skipped(each.name, each.weights, each.reason) for each in skipped),
+    )
+
+
+def replace_layer(module: nn.Module, layer: MatchedLayer, result: QuantizedLayer | None) -> None:
+    """Put a PackedLinear where `layer` is: with the result's tensors, or on the meta device where there is none."""
+    path, _, leaf = layer.name.rpartition(".")
+    parent = module.get_submodule(path)
+    old = parent.get_submodule(leaf)
+    assert isinstance(old, nn.Linear | nn.Conv2d), "matched layers are linear"
+    bias = None if old.bias is None else old.bias.detach()
+    if result is None:
+        packed = PackedLinear(layer.layout, None, bias, convolution=layer.convolution, device="meta")
+    else:
+        tensors = {name: tensor.to(old.weight.device) for name, tensor in result.tensors.items()}
+        packed = PackedLinear(layer.layout, tensors, bias, convolution=layer.convolution)
+    packed.train(old.training)
+    setattr(parent, leaf, packed)

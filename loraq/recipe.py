@@ -1,0 +1,415 @@
+"""The recipe: a TOML file as attrs classes, judged whole before anything is loaded.
+
+    [model] what to quantize     [run] where to, seed, device     [[stage]] the pipeline, in order
+    [[layers]] options for some layers     [samples] pictures to draw at the end
+
+`load` reads a file, applies `--set` overrides, and either returns a Recipe or raises one RecipeError with all faults:
+file, TOML path, what was found, what would do. Indices count from 0, as in `stage[0]`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import attrs
+
+from loraq import registry
+from loraq.contracts import AbstractStage
+from loraq.errors import InputError, LoraqError, RecipeError, did_you_mean
+from loraq.pipeline import Pipeline, bind
+from loraq.structure import keys_of, plain, structure, unknown_key
+
+
+@attrs.frozen(kw_only=True)
+class ModelSource:
+    """What to quantize: a diffusers folder (or a hub repository), and which components of it."""
+
+    folder: str | None = None
+    """A pipeline's or a component's folder; relative to the recipe."""
+    hub: str | None = None
+    """A hub repository, "owner/name"; fetched unless it is in the local cache."""
+    revision: str | None = None
+    """The repository's branch, tag or commit."""
+    component: tuple[str, ...] = ("transformer",)
+    """Which of the pipeline's components to quantize; the others are copied."""
+    skip: tuple[str, ...] = ()
+    """Patterns (fnmatch over the full dotted name) of layers to leave in 16 bits."""
+    keep: tuple[str, ...] = ()
+    """Patterns of layers to quantize although the model family leaves them in 16 bits."""
+
+    def __attrs_post_init__(self) -> None:
+        if (self.folder is None) == (self.hub is None):
+            raise InputError(f"give either 'folder' or 'hub', got {'neither' if self.folder is None else 'both'}")
+
+
+@attrs.frozen(kw_only=True)
+class RunOptions:
+    """Where the result goes, and how it is made."""
+
+    output: str
+    """The folder of the result; relative to where the command runs."""
+    seed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    """Seeds every layer's randomness, together with the layer's name."""
+    device: str = attrs.field(default="auto")
+    """"auto", "cpu" or "cuda:0"."""
+    threads: int = attrs.field(default=1, validator=attrs.validators.ge(1))
+    """Threads of one fit."""
+    workers: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    """How many layers are fitted at once; 0 takes one a core."""
+
+
+@attrs.frozen(kw_only=True)
+class Samples:
+    """Pictures to draw at the end, 16-bit beside quantized: same prompts, same seeds."""
+
+    prompts: tuple[str, ...]
+    """What to draw, a picture each."""
+    seed: int = 0
+    """The first picture's seed; each further picture has the next."""
+    call: dict[str, Any] = attrs.field(factory=dict)
+    """Arguments of the diffusers pipeline's call, such as num_inference_steps."""
+
+
+@attrs.frozen(kw_only=True)
+class Override:
+    """Options for the layers that match: a table of [[layers]]. Later tables win."""
+
+    match: tuple[str, ...]
+    """Patterns (fnmatch) over the full dotted name within the component."""
+    skip: bool | None = None
+    """True leaves the layers in 16 bits; False takes an earlier table's true back."""
+    options: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    """Options by a stage's name; one that sets `strategy` drops the stage's other options."""
+
+    def matches(self, name: str) -> bool:
+        """Whether the layer called `name` is meant."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.match)
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """A whole recipe, judged."""
+
+    model: ModelSource
+    run: RunOptions
+    stage: tuple[AbstractStage, ...]
+    layers: tuple[Override, ...] = ()
+    samples: Samples | None = None
+
+    def pipeline(self) -> Pipeline:
+        """The pipeline that this recipe describes."""
+        return Pipeline(
+            self.stage,
+            overrides=self.layers,
+            skip=self.model.skip,
+            keep=self.model.keep,
+            seed=self.run.seed,
+            threads=self.run.threads,
+            workers=self.run.workers,
+            device=self.run.device,
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """The resolved recipe, every option spelt out, as loraq.json keeps it."""
+        return {
+            "model": plain(self.model),
+            "run": plain(self.run),
+            "stage": [plain_stage(stage) for stage in self.stage],
+            "layers": [plain(override) for override in self.layers],
+        } | ({} if self.samples is None else {"samples": plain(self.samples)})
+
+
+def plain_stage(stage: AbstractStage) -> dict[str, Any]:
+    """A stage as a recipe's [[stage]] table, every option spelt out."""
+    table: dict[str, Any] = {"kind": stage.kind}
+    for field in attrs.fields(type(stage)):
+        value = getattr(stage, field.name)
+        if field.name == "strategy":
+            table["strategy"] = registry.name_of(f"loraq.{stage.kind}", type(value))
+            table |= plain(value)
+        elif value is not None:
+            table[field.name] = plain(value)
+    return table
+
+
+def overridden(stages: Sequence[AbstractStage], overrides: Sequence[Override]) -> tuple[AbstractStage, ...]:
+    """The stages with the options of `overrides`, in order, laid over. Raises RecipeError for options at fault."""
+    merged: list[AbstractStage] = []
+    for stage in stages:
+        changes = [each.options[stage.name] for each in overrides if stage.name in each.options]
+        if changes:
+            table = plain_stage(stage)
+            for change in changes:
+                table = _laid_over(table, change, type(stage))
+            stage = structure_stage(table, f"stage '{stage.name}' with its [[layers]] options")
+        merged.append(stage)
+    return tuple(merged)
+
+
+def _laid_over(table: Mapping[str, Any], change: Mapping[str, Any], stage: type) -> dict[str, Any]:
+    """`table` with `change` over it: another strategy drops the old one's options, an alternative its alternatives."""
+    kept = dict(table)
+    if "strategy" in change and change["strategy"] != table.get("strategy"):
+        kept = {key: table[key] for key in ("kind", "name") if key in table}
+    for alternatives in getattr(stage, "alternatives", ()):
+        if alternatives & change.keys():
+            kept = {key: value for key, value in kept.items() if key not in alternatives}
+    return kept | change
+
+
+def structure_stage(table: Mapping[str, Any], path: str) -> AbstractStage:
+    """A stage from a recipe's table. Raises RecipeError with all its faults, each below `path`."""
+    faults: list[str] = []
+    stage = _stage(table, path, faults)
+    if stage is None:
+        raise RecipeError(faults)
+    return stage
+
+
+def _stage(table: Mapping[str, Any], path: str, faults: list[str]) -> AbstractStage | None:
+    """The stage that `table` describes: its own keys go to the stage's class, all others to its strategy's."""
+    if not isinstance(table, Mapping):
+        faults.append(f"{path}: expected a table, got {table!r}")
+        return None
+    kind = table.get("kind")
+    if not isinstance(kind, str):
+        faults.append(f"{path}.kind: " + ("is missing" if kind is None else f"expected a string, got {kind!r}"))
+        return None
+    stage_class = _loaded("loraq.stage", kind, f"{path}.kind", AbstractStage, faults)
+    if stage_class is None:
+        return None
+    own = {key: value for key, value in table.items() if key in keys_of(stage_class)}
+    options = {key: value for key, value in table.items() if key not in own and key != "kind"}
+    own.setdefault("name", kind)
+    before = len(faults)
+    if "strategy" in keys_of(stage_class):
+        own["strategy"] = _strategy(kind, own.get("strategy"), options, keys_of(stage_class), path, faults)
+    else:
+        known = [key for key in keys_of(stage_class) if key != "name"]
+        faults.extend(f"{path}.{key}: {unknown_key(key, known, f'stage {kind}')}" for key in options)
+    if own.get("strategy", ...) is None:  # its faults are told; judge the stage's own options all the same
+        own.pop("strategy")
+        found: list[str] = []
+        structure(own, stage_class, path, found)
+        faults.extend(sentence for sentence in found if not sentence.startswith(f"{path}.strategy"))
+        return None
+    stage = structure(own, stage_class, path, faults)
+    return cast("AbstractStage", stage) if len(faults) == before else None
+
+
+def _strategy(
+    kind: str, name: object, options: Mapping[str, Any], stage_keys: Sequence[str], path: str, faults: list[str]
+) -> object | None:
+    """The strategy called `name` with these options, or None and its faults."""
+    if not isinstance(name, str):
+        offered = ", ".join(registry.names(f"loraq.{kind}"))
+        found = "is missing" if name is None else f"expected a string, got {name!r}"
+        faults.append(f"{path}.strategy: {found}; on offer: {offered}")
+        return None
+    strategy_class = _loaded(f"loraq.{kind}", name, f"{path}.strategy", object, faults)
+    if strategy_class is None:
+        return None
+    known = keys_of(strategy_class)
+    unknown = [key for key in options if key not in known]
+    listed = [*known, *(key for key in stage_keys if key not in ("strategy", "name"))]
+    faults.extend(f"{path}.{key}: {unknown_key(key, listed, f'{kind} {name}')}" for key in unknown)
+    strategy = structure({key: options[key] for key in options if key in known}, strategy_class, path, faults)
+    return None if unknown else strategy
+
+
+def _loaded(group: str, name: str, path: str, contract: type, faults: list[str]) -> type | None:
+    """The attrs class called `name` in `group`, or None and its fault."""
+    try:
+        found = registry.load(group, name)
+    except LoraqError as error:
+        faults.append(f"{path}: {error}")
+        return None
+    if not isinstance(found, type) or not issubclass(found, contract) or not attrs.has(found):
+        faults.append(f"{path}: {registry.broken(group, name, 'is not an attrs class of the right contract')}")
+        return None
+    return found
+
+
+def load(file: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe in `file`, with `settings` ("low_rank.rank=64") laid over. Raises RecipeError with all faults."""
+    path = Path(file)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError([f"{path}: there is no such file; give a recipe's path or a shipped recipe's name"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path}: cannot be read: {error}"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError([f"{path}: is not TOML: {error}"]) from None
+    return from_table(table, file=path, settings=settings)
+
+
+def from_table(table: Mapping[str, Any], *, file: Path, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe that a TOML table describes. Raises RecipeError with all faults, each with `file` and TOML path."""
+    faults: list[str] = []
+    table = _with_settings(table, settings, faults)
+    known = keys_of(Recipe)
+    faults.extend(f"{key}: {unknown_key(key, known, 'a recipe')}" for key in table if key not in known)
+    model = _section(table, "model", ModelSource, faults)
+    run = _section(table, "run", RunOptions, faults)
+    samples = _section(table, "samples", Samples, faults) if "samples" in table else None
+    stages = _stages(table.get("stage"), faults)
+    layers = _layers(table.get("layers", []), stages, faults)
+    if not faults:
+        try:
+            bind([stage for stage in stages if stage is not None])
+        except InputError as error:
+            faults.append(f"stage: {error}")
+    if faults:
+        raise RecipeError([f"{file}: {fault}" for fault in faults])
+    if model.folder is not None:
+        model = attrs.evolve(model, folder=str(file.parent / model.folder))
+    return Recipe(
+        model=model, run=run, stage=tuple(each for each in stages if each is not None), layers=layers, samples=samples
+    )
+
+
+def _section(table: Mapping[str, Any], key: str, cls: type, faults: list[str]) -> Any:
+    if key not in table:
+        faults.append(f"{key}: is missing; a recipe needs [{key}]")
+        return None
+    return structure(table[key], cls, key, faults)
+
+
+def _stages(tables: object, faults: list[str]) -> list[AbstractStage | None]:
+    if tables is None:
+        faults.append("stage: is missing; a recipe lists its stages as [[stage]]")
+        return []
+    if not isinstance(tables, list):
+        faults.append(f"stage: expected [[stage]] tables, got {tables!r}")
+        return []
+    stages = [_stage(table, f"stage[{index}]", faults) for index, table in enumerate(tables)]
+    first: dict[str, int] = {}
+    for index, stage in enumerate(stages):
+        if stage is None:
+            continue
+        if stage.name in first:
+            faults.append(
+                f"stage[{index}].name: '{stage.name}' is stage[{first[stage.name]}]'s name too; give one of them "
+                "another `name`, so that overrides can tell them apart"
+            )
+        first.setdefault(stage.name, index)
+    return stages
+
+
+def _layers(tables: object, stages: Sequence[AbstractStage | None], faults: list[str]) -> tuple[Override, ...]:
+    if not isinstance(tables, list):
+        faults.append(f"layers: expected [[layers]] tables, got {tables!r}")
+        return ()
+    overrides = []
+    names = [stage.name for stage in stages if stage is not None]
+    for index, table in enumerate(tables):
+        path = f"layers[{index}]"
+        if not isinstance(table, Mapping):
+            faults.append(f"{path}: expected a table, got {table!r}")
+            continue
+        own = {key: value for key, value in table.items() if key in ("match", "skip")}
+        options = {key: value for key, value in table.items() if key not in own}
+        unknown = [key for key in options if key not in names]
+        if unknown and None not in stages:
+            faults.extend(
+                f"{path}.{key}: no stage of that name; a [[layers]] table has match, skip and the stages' names, "
+                f"{', '.join(names)}{did_you_mean(key, names)}"
+                for key in unknown
+            )
+        bad = [key for key, value in options.items() if not isinstance(value, Mapping)]
+        faults.extend(f"{path}.{key}: expected a table of options, got {options[key]!r}" for key in bad)
+        override = structure(own, Override, path, faults)
+        if override is None or unknown or bad:
+            continue
+        override = attrs.evolve(override, options=options)
+        overrides.append(override)
+        faults.extend(_faults_of_override(override, stages, path))
+    return tuple(overrides)
+
+
+def _faults_of_override(override: Override, stages: Sequence[AbstractStage | None], path: str) -> list[str]:
+    """What is wrong with the stages once `override` is laid over them."""
+    faults: list[str] = []
+    for stage in stages:
+        if stage is None or stage.name not in override.options:
+            continue
+        table = _laid_over(plain_stage(stage), override.options[stage.name], type(stage))
+        _stage(table, f"{path}.{stage.name}", faults)
+    if not faults and None not in stages:
+        try:
+            bind(overridden([stage for stage in stages if stage is not None], [override]))
+        except InputError as error:
+            faults.append(f"{path}: {error}")
+    return faults
+
+
+def _with_settings(table: Mapping[str, Any], settings: Sequence[str], faults: list[str]) -> dict[str, Any]:
+    """A copy of `table` with each `path=value` of `settings` laid over: sections by key, stages by name or kind."""
+    result = dict(table)
+    if isinstance(table.get("stage"), list):
+        result["stage"] = [dict(each) if isinstance(each, Mapping) else each for each in table["stage"]]
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        keys = path.strip().split(".")
+        if not equals or len(keys) < 2 or not all(keys):
+            faults.append(f"--set {setting}: expected path=value, such as low_rank.rank=64")
+            continue
+        section, rest = _setting_target(result, keys[0]), keys[1:]
+        if section is None:
+            known = ["model", "run", "samples", *_stage_names(result)]
+            faults.append(f"--set {setting}: no section or stage '{keys[0]}'{did_you_mean(keys[0], known)}")
+            continue
+        for key in rest[:-1]:
+            inner = section.get(key)
+            section[key] = dict(inner) if isinstance(inner, Mapping) else {}
+            section = section[key]
+        _set_value(section, rest[-1], toml_value(text.strip()))
+    return result
+
+
+def _stage_names(table: Mapping[str, Any]) -> list[str]:
+    return [str(stage.get("name", stage.get("kind"))) for stage in _stage_tables(table)]
+
+
+def _stage_tables(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    stages = table.get("stage")
+    return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+
+
+def _setting_target(table: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """The table that a setting's first key means: a section of the recipe, or the stage of that name or kind."""
+    if key in ("model", "run", "samples"):
+        if not isinstance(table.get(key, {}), Mapping):
+            return None
+        table[key] = dict(table.get(key, {}))
+        return cast("dict[str, Any]", table[key])
+    for stage in _stage_tables(table):
+        if key in (stage.get("name"), stage.get("kind")):
+            return stage
+    return None
+
+
+def _set_value(section: dict[str, Any], key: str, value: Any) -> None:
+    """Set `key`; for a stage, another strategy drops the old options and an alternative its alternatives."""
+    changed: dict[str, Any] = {key: value}
+    if "kind" in section:
+        try:
+            stage_class = registry.load("loraq.stage", section["kind"])
+        except LoraqError:
+            stage_class = AbstractStage  # the fault is told where the stage is structured
+        changed = _laid_over(section, changed, cast("type", stage_class))
+        section.clear()
+    section.update(changed)
+
+
+def toml_value(text: str) -> Any:
+    """A TOML value, or the bare text where it is none: `--set low_rank.strategy=svd` needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,331 @@
+"""Run a recipe: read, quantize, write, from the first layer to the finished folder, and continue where it was killed.
+
+open the source -> plan every byte -> journal -> layers in parallel, each: read, fit, pack, write, journal line
+-> rename the shards -> configs and the other components -> loraq.json -> rename the folder -> pictures
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from loraq import registry
+from loraq.checkpoint import ShardWriter, index_text, sync_folder, write_text
+from loraq.errors import CheckpointError, ModelError
+from loraq.journal import Journal, work_folder
+from loraq.layer import LayerRecord
+from loraq.match import MatchedLayer
+from loraq.pipeline import Pipeline, QuantizedLayer, quantize_layer
+from loraq.plan import ComponentPlan, Plan, make_plan
+from loraq.progress import Progress
+from loraq.quantize import in_parallel, resolved_device, resolved_workers
+from loraq.recipe import Recipe
+from loraq.report import Report, Skipped
+from loraq.source import WEIGHTS_NAME, Source, open_source
+
+PROVENANCE = "loraq.json"
+PICTURES = "samples.png"
+
+
+def run_recipe(recipe: Recipe, *, restart: bool = False) -> Report:
+    """Quantize what the recipe names into its output folder. Returns the report; raises InputError in a sentence.
+
+    A finished output of the same fingerprint is left as it is; an unfinished one is continued; one of another recipe is
+    refused unless `restart` replaces it.
+    """
+    started = time.perf_counter()
+    source = open_source(recipe.model)
+    pipeline = recipe.pipeline()
+    device = resolved_device(recipe.run.device)
+    plan = make_plan(source, pipeline)
+    if not plan.layers:
+        raise ModelError(
+            f"{source.root}: no layer is left to quantize; look at model.skip, model.component and `plan`."
+        )
+    output = _checked_output(Path(recipe.run.output), source)
+    fingerprint = _fingerprint(recipe, source, device)
+    finished = _finished(output, fingerprint, restart=restart)
+    if finished is None:
+        with Journal(output, fingerprint, restart=restart) as journal:
+            records = _write_components(plan, pipeline, journal, device)
+            report = _report(plan, records, output, time.perf_counter() - started)
+            _write_rest(plan, recipe, report, fingerprint, journal)
+            _replace(output)
+            journal.finish(output)
+    else:
+        report = attrs.evolve(finished, output=str(output), already_done=True)
+        shutil.rmtree(work_folder(output), ignore_errors=True)  # a run killed after its last rename leaves it
+    return _with_pictures(report, recipe, source, output)
+
+
+def try_layers(recipe: Recipe, pattern: str) -> Report:
+    """Quantize the layers whose names match `pattern` and write nothing: the report is all."""
+    started = time.perf_counter()
+    source = open_source(recipe.model)
+    pipeline = recipe.pipeline()
+    device = resolved_device(recipe.run.device)
+    plan = make_plan(source, pipeline)
+    chosen = [
+        (component, layer)
+        for component in plan.components
+        for layer in component.layers
+        if fnmatch.fnmatchcase(layer.name, pattern)
+    ]
+    if not chosen:
+        first = next(iter(plan.layers), None)
+        raise ModelError(f"--only {pattern}: no layer matches; the first layer is '{first.name if first else ''}'.")
+    records: dict[str, LayerRecord] = {}
+    workers = resolved_workers(pipeline.workers, pipeline.threads)
+    with Progress("quantizing", sum(layer.out * layer.inn for _, layer in chosen)) as progress:
+        fits = in_parallel(
+            lambda item: _fit(item[0], item[1], pipeline, device), chosen, workers=workers, threads=pipeline.threads
+        )
+        for (_, layer), result in fits:
+            records[layer.name] = result.record
+            progress.advance(layer.out * layer.inn, layer.name)
+    ordered = tuple(records[layer.name] for _, layer in chosen)
+    return Report(layers=ordered, seconds=time.perf_counter() - started)
+
+
+def _fit(component: ComponentPlan, layer: MatchedLayer, pipeline: Pipeline, device: torch.device) -> QuantizedLayer:
+    weight = component.component.read(component.weight_name(layer)).flatten(1)
+    return quantize_layer(layer.name, weight.to(device), layer.recipe, seed=pipeline.seed)
+
+
+def _checked_output(output: Path, source: Source) -> Path:
+    """`output`, if it may be written: not the source or a part of it, not somebody's folder."""
+    resolved, root = output.resolve(), source.root.resolve()
+    if resolved == root or root in resolved.parents or resolved in root.parents:
+        raise CheckpointError(f"run.output: {output} and the model's folder {source.root} lie in one another.")
+    if output.is_dir() and any(output.iterdir()) and not (output / PROVENANCE).exists():
+        raise CheckpointError(f"run.output: {output} is not empty and was not made by LoRaQ; choose another folder.")
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"run.output: {output} is a file; choose a folder.")
+    return output
+
+
+def _fingerprint(recipe: Recipe, source: Source, device: torch.device) -> dict[str, Any]:
+    """What the result's bytes depend on: equal fingerprints, equal bytes."""
+    plain = recipe.to_plain()
+    judged = {
+        "component": plain["model"]["component"],
+        "skip": plain["model"]["skip"],
+        "keep": plain["model"]["keep"],
+        "seed": recipe.run.seed,
+        "threads": recipe.run.threads,
+        "stage": plain["stage"],
+        "layers": plain["layers"],
+    }
+    return {
+        "recipe": hashlib.sha256(json.dumps(judged, sort_keys=True).encode()).hexdigest(),
+        "model": source.digests(),
+        "versions": versions(recipe),
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+    }
+
+
+def versions(recipe: Recipe) -> dict[str, str]:
+    """The versions of everything that shapes the result: libraries, and each distribution that offers a strategy."""
+    found = {name: importlib.metadata.version(name) for name in ("loraq", "torch", "diffusers", "numba")}
+    for stage in recipe.stage:
+        found |= _distribution("loraq.stage", stage.kind)
+        strategy = getattr(stage, "strategy", None)
+        if strategy is not None:
+            found |= _distribution(f"loraq.{stage.kind}", registry.name_of(f"loraq.{stage.kind}", type(strategy)))
+    return found
+
+
+def _distribution(group: str, name: str) -> dict[str, str]:
+    offer = registry.offer(group, name)
+    return {offer.distribution: offer.version}
+
+
+def _finished(output: Path, fingerprint: Mapping[str, Any], *, restart: bool) -> Report | None:
+    """The report of a finished output with this fingerprint, None where there is work to do."""
+    path = output / PROVENANCE
+    if restart or not path.exists():
+        return None
+    try:
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); replace the folder with --restart.") from None
+    changed = [key for key in sorted(fingerprint) if provenance.get("fingerprint", {}).get(key) != fingerprint[key]]
+    if changed:
+        raise CheckpointError(
+            f"{output} is finished and was made with another {', '.join(changed)}; choose another run.output, or "
+            "replace it with --restart."
+        )
+    return report_of(provenance)
+
+
+def report_of(provenance: Mapping[str, Any]) -> Report:
+    """The report that loraq.json keeps."""
+    report = dict(provenance["report"])
+    known = {field.name for field in attrs.fields(Report)}
+    rest = {key: value for key, value in report.items() if key in known and key not in ("layers", "skipped")}
+    layers = tuple(_record(each) for each in report["layers"])
+    return Report(layers=layers, skipped=tuple(Skipped(**each) for each in report["skipped"]), **rest)
+
+
+def _record(plain: Mapping[str, Any]) -> LayerRecord:
+    return LayerRecord(**{field.name: plain[field.name] for field in attrs.fields(LayerRecord)})
+
+
+def _write_components(
+    plan: Plan, pipeline: Pipeline, journal: Journal, device: torch.device
+) -> dict[str, dict[str, LayerRecord]]:
+    """All components' shards, written or taken up. Returns the layers' records by component and name."""
+    records: dict[str, dict[str, LayerRecord]] = {}
+    workers = resolved_workers(pipeline.workers, pipeline.threads)
+    for component in plan.components:
+        name = component.component.name
+        with ShardWriter(journal.result / name, component.files) as writer:
+            found = records.setdefault(name, _taken_up(component, writer, journal))
+            if _unit(component, "kept") not in journal.entries:
+                _copy_kept(component, writer, journal)
+            waiting = [layer for layer in component.layers if layer.name not in found]
+            # Largest first: the last fits in flight are short, and the workers end together.
+            waiting.sort(key=lambda layer: -layer.out * layer.inn)
+
+            def finished(
+                layer: MatchedLayer, component: ComponentPlan = component, writer: ShardWriter = writer
+            ) -> LayerRecord:
+                result = _fit(component, layer, pipeline, device)
+                tensors = {f"{layer.name}.{key}": _bytes(tensor) for key, tensor in result.tensors.items()}
+                writer.write(tensors)
+                journal.add(_unit(component, layer.name), _digest(tensors), attrs.asdict(result.record))
+                return result.record
+
+            total = sum(layer.out * layer.inn for layer in component.layers)
+            done = total - sum(layer.out * layer.inn for layer in waiting)
+            with Progress(f"quantizing {name}".strip(), total, done=done) as progress:
+                for layer, record in in_parallel(finished, waiting, workers=workers, threads=pipeline.threads):
+                    found[layer.name] = record
+                    progress.advance(layer.out * layer.inn, layer.name)
+            writer.finish()
+    return records
+
+
+def _unit(component: ComponentPlan, name: str) -> str:
+    return f"{component.component.name}:{name}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _digest(tensors: Mapping[str, bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name])
+    return digest.hexdigest()
+
+
+def _taken_up(component: ComponentPlan, writer: ShardWriter, journal: Journal) -> dict[str, LayerRecord]:
+    """The layers that the journal calls written and whose bytes are still what they were; the others are forgotten."""
+    records: dict[str, LayerRecord] = {}
+    units = {"kept": component.kept}
+    units |= {
+        layer.name: tuple(f"{layer.name}.{stored}" for stored in layer.layout.stored()) for layer in component.layers
+    }
+    for name, tensors in units.items():
+        entry = journal.entries.get(_unit(component, name))
+        if entry is None:
+            continue
+        if _digest({tensor: writer.read(tensor) for tensor in tensors}) != entry["digest"]:
+            del journal.entries[_unit(component, name)]
+        elif entry["record"] is not None:
+            records[name] = _record(entry["record"])
+    return records
+
+
+def _copy_kept(component: ComponentPlan, writer: ShardWriter, journal: Journal) -> None:
+    """The tensors that stay as they are, bit for bit, one at a time."""
+    digest = hashlib.sha256()
+    for name in sorted(component.kept):
+        data = _bytes(component.component.read(name))
+        writer.write({name: data})
+        digest.update(name.encode())
+        digest.update(data)
+    journal.add(_unit(component, "kept"), digest.hexdigest(), None)
+
+
+def _report(plan: Plan, records: Mapping[str, Mapping[str, LayerRecord]], output: Path, seconds: float) -> Report:
+    return Report(
+        layers=tuple(
+            records[component.component.name][layer.name] for component in plan.components for layer in component.layers
+        ),
+        skipped=tuple(skip for component in plan.components for skip in component.skipped),
+        output=str(output),
+        source_bytes=plan.source_bytes,
+        written_bytes=plan.written_bytes,
+        seconds=seconds,
+    )
+
+
+def _write_rest(plan: Plan, recipe: Recipe, report: Report, fingerprint: Mapping[str, Any], journal: Journal) -> None:
+    """Everything but the shards: the components' configs and indices, the rest of the pipeline, loraq.json."""
+    quantized = {component.component.name: component for component in plan.components}
+    for name, component in quantized.items():
+        folder = journal.result / name
+        write_text(folder / "config.json", component.config_text)
+        index = index_text(component.files)
+        if index is not None:
+            write_text(folder / f"{WEIGHTS_NAME}.index.json", index)
+    if plan.source.is_pipeline:
+        for entry in sorted(plan.source.root.iterdir()):
+            target = journal.result / entry.name
+            if entry.name in quantized or entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                shutil.copytree(entry, target, dirs_exist_ok=True)
+            else:
+                shutil.copy2(entry, target)
+    provenance = {
+        "format_version": 1,
+        "fingerprint": fingerprint,
+        "recipe": recipe.to_plain(),
+        "report": report.to_plain(),
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "python": platform.python_version(),
+        },
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_text(journal.result / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
+    sync_folder(journal.result)
+
+
+def _replace(output: Path) -> None:
+    """Make way for the result: `--restart` replaces a finished output only now that the new one is whole."""
+    if output.exists():
+        old = output.with_name(f"{output.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+        shutil.rmtree(old)
+
+
+def _with_pictures(report: Report, recipe: Recipe, source: Source, output: Path) -> Report:
+    """The report with the samples' picture, drawn unless it is there."""
+    if recipe.samples is None or not source.is_pipeline:
+        return report
+    path = output / PICTURES
+    if not path.exists():
+        from loraq.samples import draw_comparison
+
+        draw_comparison(source.root, output, recipe.samples, path, resolved_device(recipe.run.device))
+    return attrs.evolve(report, pictures=str(path))

@@ -1,0 +1,246 @@
+"""The model to quantize, read lazily: a diffusers pipeline's folder or a single component's, safetensors only.
+
+Opening reads model_index.json, config.json and the shards' headers, and checks them against each other and against the
+model's class, built on the meta device; weights are read one tensor at a time from memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from safetensors import SafetensorError, safe_open
+
+from loraq.errors import ModelError, choices, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from loraq.recipe import ModelSource
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+DTYPES = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "I16": ("int16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+}
+"""Safetensors' names of dtypes, with torch's name and the width in bytes, in the order that safetensors sorts by."""
+
+
+@attrs.frozen
+class TensorSpec:
+    """Shape and dtype (safetensors' name) of a tensor in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the tensor takes."""
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+@attrs.frozen
+class Component:
+    """One model of a pipeline: its config, and where each tensor lies. `name` is "" for a lone component's folder."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any] = attrs.field(repr=False)
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorSpec] = attrs.field(repr=False)
+    places: Mapping[str, Path] = attrs.field(repr=False)
+
+    @property
+    def class_name(self) -> str:
+        """The diffusers class."""
+        return str(self.config["_class_name"])
+
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device. Raises ModelError where the files do not fit it."""
+        import diffusers
+        from accelerate import init_empty_weights
+
+        cls = getattr(diffusers, self.class_name, None)
+        if cls is None or not hasattr(cls, "from_config"):
+            raise ModelError(f"{self.folder / 'config.json'}: diffusers has no model class '{self.class_name}'.")
+        try:
+            with init_empty_weights():
+                model: nn.Module = cls.from_config(dict(self.config))
+        except Exception as error:  # a config may be wrong in any way
+            raise ModelError(
+                f"{self.folder / 'config.json'}: {self.class_name} cannot be built from it: {error}."
+            ) from error
+        self._check_shapes(model)
+        return model
+
+    def _check_shapes(self, model: nn.Module) -> None:
+        expected = model.state_dict()
+        missing = [name for name in expected if name not in self.tensors]
+        if missing:
+            raise ModelError(
+                f"{self.folder}: {len(missing)} tensors of {self.class_name} are not in its files, the first is "
+                f"'{missing[0]}'; is a shard missing, or config.json another model's?"
+            )
+        for name, tensor in expected.items():
+            if tuple(tensor.shape) != self.tensors[name].shape:
+                raise ModelError(
+                    f"{self.places[name]}: '{name}' has shape {list(self.tensors[name].shape)}, but config.json makes "
+                    f"it {list(tensor.shape)}."
+                )
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, from its memory-mapped file."""
+        try:
+            with safe_open(self.places[name], framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.places[name]}: '{name}' cannot be read: {error}.") from error
+
+
+@attrs.frozen
+class Source:
+    """A folder to quantize: the components chosen, and whether it is a whole pipeline."""
+
+    root: Path
+    is_pipeline: bool
+    components: tuple[Component, ...]
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every weight file and config of the components, by path below the root."""
+        found: dict[str, str] = {}
+        for component in self.components:
+            for path in (component.folder / "config.json", *component.files):
+                with path.open("rb") as file:
+                    found[str(path.relative_to(self.root))] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+
+
+def open_source(model: ModelSource) -> Source:
+    """The model that a recipe names. Raises ModelError in a sentence for anything amiss."""
+    root = Path(model.folder) if model.folder is not None else _fetched(model)
+    if not root.is_dir():
+        raise ModelError(f"model.folder: there is no folder {root}.")
+    index_path = root / "model_index.json"
+    if not index_path.exists():
+        if not (root / "config.json").exists():
+            raise ModelError(f"{root} is no diffusers folder: it has neither model_index.json nor config.json.")
+        return Source(root, False, (_component("", root),))
+    index = _json(index_path)
+    names = [key for key, value in index.items() if isinstance(value, list) and value != [None, None]]
+    components = []
+    for name in model.component:
+        if name not in names:
+            raise ModelError(
+                f"model.component: {root} has no component '{name}'; it has {choices(names)}{did_you_mean(name, names)}"
+            )
+        if not (root / name).is_dir():
+            raise ModelError(f"{root}: model_index.json names '{name}', but there is no such folder.")
+        components.append(_component(name, root / name, index[name][0]))
+    for name in names:
+        if not (root / name).is_dir():
+            raise ModelError(f"{root}: component '{name}' of model_index.json is missing; the pipeline is incomplete.")
+    return Source(root, True, tuple(components))
+
+
+def _fetched(model: ModelSource) -> Path:
+    """The hub repository's folder in the local cache, fetched if need be."""
+    from huggingface_hub import snapshot_download
+
+    assert model.hub is not None
+    endings = ("*.json", "*.safetensors", "*.model", "*.txt")
+    patterns = [folder + ending for folder in ("", "*/") for ending in endings]
+    try:
+        return Path(snapshot_download(model.hub, revision=model.revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen kinds: no network, no such repository, no permission
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"model.hub: '{model.hub}' cannot be fetched ({type(error).__name__}: {reason}).") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: expected a JSON object.")
+    return found
+
+
+def _component(name: str, folder: Path, library: str = "diffusers") -> Component:
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: there is no config.json.")
+    config = _json(folder / "config.json")
+    if library != "diffusers" or "_class_name" not in config:
+        raise ModelError(
+            f"model.component: '{name or folder}' is a model of {library}, and only diffusers' models can be quantized; "
+            "leave it out, it will be copied as it is."
+        )
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method")
+        raise ModelError(f"{folder}: it is quantized already (by {method}); give the 16-bit model.")
+    tensors: dict[str, TensorSpec] = {}
+    places: dict[str, Path] = {}
+    files = _weight_files(folder)
+    for path in files:
+        for tensor, spec in read_header(path).items():
+            if tensor in places:
+                raise ModelError(f"{path}: '{tensor}' is in {places[tensor].name} too.")
+            tensors[tensor], places[tensor] = spec, path
+    return Component(name, folder, config, files, tensors, places)
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The shards of a component, by its index if it has one."""
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    if index.exists():
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{index}: it has no weight_map.")
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise ModelError(f"{index}: shard name {shard!r} leads out of the folder.")
+            if not (folder / shard).exists():
+                raise ModelError(f"{folder}: shard {shard} of {index.name} is missing.")
+        return tuple(folder / shard for shard in shards)
+    if (folder / WEIGHTS_NAME).exists():
+        return (folder / WEIGHTS_NAME,)
+    variants = sorted(folder.glob("diffusion_pytorch_model.*.safetensors"))
+    if len(variants) == 1:
+        return (variants[0],)
+    others = [path.name for path in _pickles(folder)]
+    hint = f"; {others[0]} is a pickle, which LoRaQ never reads: convert it to safetensors" if others else ""
+    raise ModelError(f"{folder}: there is no {WEIGHTS_NAME}{hint}.")
+
+
+def _pickles(folder: Path) -> Sequence[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+
+
+def read_header(path: Path) -> dict[str, TensorSpec]:
+    """Shapes and dtypes of a safetensors file's tensors. Raises ModelError for a truncated or foreign file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            specs = {}
+            for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                view = file.get_slice(name)
+                specs[name] = TensorSpec(str(view.get_dtype()), tuple(view.get_shape()))
+            return specs
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: it is truncated or no safetensors file ({error}); fetch or copy it again.") from None
