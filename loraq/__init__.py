@@ -64,4 +64,4 @@ def __getattr__(name: str) -> Any:
 @wrapt.when_imported("diffusers.quantizers.auto")
 def _register_with_diffusers(module: object) -> None:
     del module
-    importlib.import_module("loraq.diffusers").register()
+    importlib.import_module("loraq.diffusers")

@@ -65,7 +65,7 @@ def plan_files(specs: Mapping[str, TensorSpec], shard_size: int | str = SHARD_SI
 
     pattern = WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
     split = split_state_dict_into_shards_factory(
-        dict(specs),  # type: ignore[arg-type]  # it asks for tensors but only calls get_storage_size on them
+        dict(specs),  # tensors are asked for, but only get_storage_size looks at them
         get_storage_size=lambda spec: spec.bytes,
         filename_pattern=pattern,
         max_shard_size=shard_size,
@@ -110,8 +110,8 @@ class ShardWriter:
                 os.posix_fallocate(descriptor, 0, file.size)
             except OSError as error:
                 raise CheckpointError(
-                    f"{path}: there is no room for {file.size:,} bytes ({error.strerror}); free some, or set run.output "
-                    "to another disk."
+                    f"{path}: there is no room for {file.size:,} bytes ({error.strerror}); free some, or set "
+                    "run.output to another disk."
                 ) from None
             os.ftruncate(descriptor, file.size)
             os.pwrite(descriptor, file.header, 0)

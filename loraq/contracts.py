@@ -38,14 +38,20 @@ class AbstractFormat(ABC):
     Equal formats have equal names; a checkpoint names its formats and the loader looks them up.
     """
 
-    name: str
-    """The name that recipes and checkpoints use."""
-    bits: int
-    """Width of one code."""
-    integer: bool
-    """Whether a code times its group's scale is the value, so that products can run in integers."""
-    limit: int
-    """The largest magnitude of a code that activations use, the grid's top; 0 where there is no scale."""
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name that recipes and checkpoints use."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Width of one code."""
+
+    @property
+    @abstractmethod
+    def integer(self) -> bool:
+        """Whether a code times its group's scale is the value, so that products can run in integers."""
 
     @abstractmethod
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
@@ -92,10 +98,15 @@ class AbstractPreTransform(ABC):
 class AbstractQuantizer(ABC):
     """Turns a matrix into codes. Strategies of the stages `main_quantizer` and `branch_quantizer`."""
 
-    format: AbstractFormat
-    """The format of the codes."""
-    activation: Activation
-    """How the input of the product with these codes is rounded at run time."""
+    @property
+    @abstractmethod
+    def format(self) -> AbstractFormat:
+        """The format of the codes."""
+
+    @property
+    @abstractmethod
+    def activation(self) -> Activation:
+        """How the input of the product with these codes is rounded at run time."""
 
     @abstractmethod
     def group_for(self, columns: int) -> int:
@@ -156,8 +167,11 @@ class AbstractStage(ABC):
     """The word that a recipe writes after `kind =`."""
     repeatable: ClassVar[bool]
     """Whether a recipe may list the stage more than once."""
-    name: str
-    """What overrides call this stage: its kind unless the recipe says otherwise."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What overrides call this stage: its kind unless the recipe says otherwise."""
 
     @abstractmethod
     def bind(self, recipe: LayerRecipe) -> LayerRecipe:
@@ -170,8 +184,10 @@ class AbstractKernel(ABC):
     The plain torch reference in loraq/ops.py runs wherever no backend takes a layer.
     """
 
-    device_type: str
-    """The torch device type that the backend runs on, "cpu" or "cuda"."""
+    @property
+    @abstractmethod
+    def device_type(self) -> str:
+        """The torch device type that the backend runs on, "cpu" or "cuda"."""
 
     @abstractmethod
     def refusal(self, layout: Layout) -> str | None:

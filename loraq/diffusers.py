@@ -1,7 +1,7 @@
 """The quantizer that makes diffusers' `from_pretrained` and `save_pretrained` work on packed models.
 
-diffusers has no public hook for third-party quantizers; `register` adds LoRaQ to its two dictionaries, and
-`import loraq` calls it as soon as diffusers is there (loraq/__init__.py). config.json then says it all:
+diffusers has no public hook for third-party quantizers; this module adds LoRaQ to its two dictionaries, and
+`import loraq` has it imported as soon as diffusers is there (loraq/__init__.py). config.json then says it all:
 
     "quantization_config": {"quant_method": "loraq", "format_version": 1, "layouts": [...], "layers": {NAME: INDEX}}
 
@@ -18,12 +18,12 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from loraq import registry
-from loraq.errors import CheckpointError
+from loraq.errors import CheckpointError, RegistryError
 from loraq.layout import Layout
 from loraq.linear import PackedLinear
 from loraq.match import linear_weight
@@ -89,7 +89,7 @@ class LoraqConfig:
         needed = ", ".join(f"{name} {found}" for name, found in self.plain.get("plugins", {}).items())
         try:
             self.layouts = [Layout.from_plain(each) for each in self.plain["layouts"]]
-        except registry.RegistryError as error:
+        except RegistryError as error:
             raise CheckpointError(f"this checkpoint needs a plugin that is missing ({needed}): {error}") from error
 
     @classmethod
@@ -110,7 +110,7 @@ class LoraqConfig:
         return f"LoraqConfig({len(self.plain['layers'])} layers, {len(self.layouts)} layouts)"
 
 
-class LoraqQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers has no types
+class LoraqQuantizer(DiffusersQuantizer):
     """Loads and saves packed models for diffusers."""
 
     def __init__(self, quantization_config: LoraqConfig, **kwargs: Any) -> None:
@@ -119,12 +119,14 @@ class LoraqQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers has
                 "LoRaQ quantizes with `loraq run` or Pipeline.quantize, not inside from_pretrained; the folder that is "
                 "loaded holds a 16-bit model."
             )
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]  # duck-typed: see LoraqConfig
         self._wanted: torch.dtype | None = None
         self._stored_dtypes: dict[str, torch.dtype] = {}
         self._originals: dict[str, Tensor] = {}
 
-    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    def update_torch_dtype(  # type: ignore[override]  # None comes in and goes out, whatever diffusers declares
+        self, torch_dtype: torch.dtype | None
+    ) -> torch.dtype | None:
         self._wanted = torch_dtype
         return torch_dtype
 
@@ -153,7 +155,8 @@ class LoraqQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers has
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         del kwargs
-        config: LoraqConfig = self.quantization_config
+        config = self.quantization_config
+        assert isinstance(config, LoraqConfig)
         convolutions = set(config.plain.get("convolutions", ()))
         for name, index in config.plain["layers"].items():
             layout = config.layouts[index]
@@ -171,6 +174,7 @@ class LoraqQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers has
                     f"config.json says that '{name}' is {layout.out} x {layout.inn}, but {type(model).__name__} has "
                     f"{type(old).__name__} {None if weight is None else tuple(weight.shape)} there."
                 )
+            assert isinstance(old, nn.Linear | nn.Conv2d), "linear_weight knows no other"
             bias = None if old.bias is None else torch.empty_like(old.bias, device="meta")
             packed = PackedLinear(layout, None, bias, convolution=name in convolutions, device="meta")
             setattr(parent, leaf, packed)
@@ -197,6 +201,12 @@ class LoraqQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers has
 
 def is_diffusers_model(module: nn.Module) -> bool:
     """Whether diffusers saves and loads this module."""
+    import sys
+
+    if "diffusers" not in sys.modules:  # then nobody can have made one
+        return False
+    from diffusers import ModelMixin
+
     return isinstance(module, ModelMixin)
 
 
@@ -212,9 +222,5 @@ def mark_quantized(model: nn.Module) -> None:
     model.register_to_config(quantization_config=config)  # type: ignore[operator]
 
 
-def register() -> None:
-    """Make diffusers know `quant_method = "loraq"`."""
-    from diffusers.quantizers import auto
-
-    auto.AUTO_QUANTIZER_MAPPING[str(Method.LORAQ)] = LoraqQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[str(Method.LORAQ)] = LoraqConfig
+auto.AUTO_QUANTIZER_MAPPING[str(Method.LORAQ)] = LoraqQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[str(Method.LORAQ)] = LoraqConfig

@@ -11,7 +11,7 @@ the limit is a maximum, so it cannot change a scale.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -69,6 +69,7 @@ class IntegerFormat(AbstractFormat):
 
     @property
     def limit(self) -> int:
+        """The largest code that activations use: the top of the grid."""
         return int(2 ** (self.bits - 1)) - 1
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
@@ -108,10 +109,6 @@ class TableFormat(AbstractFormat):
     def integer(self) -> bool:
         return False
 
-    @property
-    def limit(self) -> int:
-        return 0
-
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)
         return {"codes": Part.codes(rows, columns, self.bits, signed=False), "scales": scales}
@@ -143,10 +140,6 @@ class FloatFormat(AbstractFormat):
     def integer(self) -> bool:
         return False
 
-    @property
-    def limit(self) -> int:
-        return 0
-
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         return {"values": Part((rows, columns), self.name, self.bits)}
 
@@ -172,4 +165,4 @@ def named(value: str | AbstractFormat) -> AbstractFormat:
     found = registry.load("loraq.format", value)
     if not isinstance(found, AbstractFormat):
         raise registry.broken("loraq.format", value, f"is not a number format but {type(found).__name__}")
-    return cast("AbstractFormat", found)
+    return found

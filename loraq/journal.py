@@ -4,8 +4,8 @@ An unfinished run lies beside its output, in `OUTPUT.unfinished/`: `journal.json
 the output when whole. So the output folder is either absent or complete, and an unfinished one says so by its name.
 
 The journal's first line is the run's fingerprint; each further line says that one unit (a layer, or the tensors that
-are only copied) is written: its digest and its record. A line is added after the unit's bytes are on disk, and synced. On
-restart a last line that was cut off is dropped, and a unit counts only if its bytes still have their digest.
+are only copied) is written: its digest and its record. A line is added after the unit's bytes are on disk, and synced.
+On restart a last line that was cut off is dropped, and a unit counts only if its bytes still have their digest.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Journal:
         """The lines that are whole, and the length of the file up to their end."""
         with self._path.open("rb") as file:
             text = file.read()
-        lines, length = [], 0
+        lines: list[dict[str, Any]] = []
+        length = 0
         for line in text.splitlines(keepends=True):
             try:
                 found = json.loads(line)

@@ -7,7 +7,7 @@ one group (SANA keeps most of its weights in those). A subclass with a forward o
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def _is_pointwise(module: nn.Conv2d) -> bool:
     )
 
 
-def _matching(name: str, patterns: tuple[str, ...]) -> str | None:
+def _matching(name: str, patterns: Sequence[str]) -> str | None:
     """The first pattern that matches."""
     return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
 

@@ -70,7 +70,8 @@ def linear(input: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, key: s
 
     `tensors` are the stored tensors in the order of `Layout.stored()`, `key` is `layout_key(layout)`.
     """
-    return torch.ops.loraq.linear(input, list(tensors), bias, key)
+    output: Tensor = torch.ops.loraq.linear(input, list(tensors), bias, key)
+    return output
 
 
 @torch.library.custom_op("loraq::linear", mutates_args=())

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from loraq import registry
 from loraq.activation import NONE
 from loraq.contracts import AbstractLowRank, AbstractPacking, AbstractPreTransform, AbstractQuantizer, AbstractStage
 from loraq.errors import InputError, LoraqError, ModelError
@@ -153,6 +152,12 @@ def layer_generator(seed: int, name: str, device: torch.device | str = "cpu") ->
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy where it lies contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer
+
+
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """`||weight - approximation|| / ||weight||`, 0 for a weight of zeros."""
     norm = float(weight.double().norm())
@@ -165,7 +170,7 @@ def quantize_layer(name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int)
     Raises ModelError for a weight that is not finite, LoraqError for a strategy that breaks its contract.
     """
     started = time.perf_counter()
-    digest = hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    digest = hashlib.sha256(tensor_bytes(weight)).hexdigest()
     if not bool(torch.isfinite(weight).all()):
         kind = "NaN" if bool(torch.isnan(weight).any()) else "an infinite value"
         raise ModelError(f"layer '{name}': its weight has {kind}; mend the model, or skip the layer with model.skip.")
@@ -233,10 +238,10 @@ class Pipeline:
     the result: sums round differently), `workers` how many fits run at once (not part of it); 0 takes one a core.
     """
 
-    stages: tuple[AbstractStage, ...] = attrs.field(converter=tuple)
-    overrides: tuple[Override, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
-    skip: tuple[str, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
-    keep: tuple[str, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+    stages: Sequence[AbstractStage] = attrs.field()
+    overrides: Sequence[Override] = attrs.field(default=(), kw_only=True)
+    skip: Sequence[str] = attrs.field(default=(), kw_only=True)
+    keep: Sequence[str] = attrs.field(default=(), kw_only=True)
     seed: int = attrs.field(default=0, kw_only=True)
     threads: int = attrs.field(default=1, kw_only=True)
     workers: int = attrs.field(default=0, kw_only=True)
@@ -272,13 +277,10 @@ class Pipeline:
         from loraq.recipe import ModelSource, Recipe, RunOptions
         from loraq.run import run_recipe
 
-        source = ModelSource(folder=str(folder), component=tuple(component), skip=self.skip, keep=self.keep)
+        source = ModelSource(
+            folder=str(folder), component=tuple(component), skip=tuple(self.skip), keep=tuple(self.keep)
+        )
         options = RunOptions(
             output=str(output), seed=self.seed, threads=self.threads, workers=self.workers, device=self.device
         )
-        return run_recipe(Recipe(model=source, run=options, stage=self.stages, layers=self.overrides))
-
-
-def strategy_name(kind: str, strategy: object) -> str:
-    """The registered name of a strategy object."""
-    return registry.name_of(f"loraq.{kind}", type(strategy))
+        return run_recipe(Recipe(model=source, run=options, stage=tuple(self.stages), layers=tuple(self.overrides)))

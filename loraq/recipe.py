@@ -126,13 +126,13 @@ class Recipe:
 def plain_stage(stage: AbstractStage) -> dict[str, Any]:
     """A stage as a recipe's [[stage]] table, every option spelt out."""
     table: dict[str, Any] = {"kind": stage.kind}
-    for field in attrs.fields(type(stage)):
-        value = getattr(stage, field.name)
-        if field.name == "strategy":
+    for key in keys_of(type(stage)):
+        value = getattr(stage, key)
+        if key == "strategy":
             table["strategy"] = registry.name_of(f"loraq.{stage.kind}", type(value))
             table |= plain(value)
         elif value is not None:
-            table[field.name] = plain(value)
+            table[key] = plain(value)
     return table
 
 
@@ -158,7 +158,7 @@ def _laid_over(table: Mapping[str, Any], change: Mapping[str, Any], stage: type)
     for alternatives in getattr(stage, "alternatives", ()):
         if alternatives & change.keys():
             kept = {key: value for key, value in kept.items() if key not in alternatives}
-    return kept | change
+    return kept | dict(change)
 
 
 def structure_stage(table: Mapping[str, Any], path: str) -> AbstractStage:

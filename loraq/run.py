@@ -19,7 +19,6 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
 
 from loraq import registry
 from loraq.checkpoint import ShardWriter, index_text, sync_folder, write_text
@@ -27,7 +26,7 @@ from loraq.errors import CheckpointError, ModelError
 from loraq.journal import Journal, work_folder
 from loraq.layer import LayerRecord
 from loraq.match import MatchedLayer
-from loraq.pipeline import Pipeline, QuantizedLayer, quantize_layer
+from loraq.pipeline import Pipeline, QuantizedLayer, quantize_layer, tensor_bytes
 from loraq.plan import ComponentPlan, Plan, make_plan
 from loraq.progress import Progress
 from loraq.quantize import in_parallel, resolved_device, resolved_workers
@@ -203,7 +202,7 @@ def _write_components(
                 layer: MatchedLayer, component: ComponentPlan = component, writer: ShardWriter = writer
             ) -> LayerRecord:
                 result = _fit(component, layer, pipeline, device)
-                tensors = {f"{layer.name}.{key}": _bytes(tensor) for key, tensor in result.tensors.items()}
+                tensors = {f"{layer.name}.{key}": tensor_bytes(tensor) for key, tensor in result.tensors.items()}
                 writer.write(tensors)
                 journal.add(_unit(component, layer.name), _digest(tensors), attrs.asdict(result.record))
                 return result.record
@@ -220,10 +219,6 @@ def _write_components(
 
 def _unit(component: ComponentPlan, name: str) -> str:
     return f"{component.component.name}:{name}"
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _digest(tensors: Mapping[str, bytes | memoryview]) -> str:
@@ -256,7 +251,7 @@ def _copy_kept(component: ComponentPlan, writer: ShardWriter, journal: Journal) 
     """The tensors that stay as they are, bit for bit, one at a time."""
     digest = hashlib.sha256()
     for name in sorted(component.kept):
-        data = _bytes(component.component.read(name))
+        data = tensor_bytes(component.component.read(name))
         writer.write({name: data})
         digest.update(name.encode())
         digest.update(data)

@@ -29,12 +29,17 @@ _SHORTEST = 192
 def load_pipeline(folder: Path, device: torch.device) -> Any:
     """The diffusers pipeline in `folder`, packed or not. Raises ModelError where it cannot be loaded."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
+    diffusers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     if not (folder / "model_index.json").exists():
         raise ModelError(f"{folder}: there is no model_index.json; pictures need a whole pipeline.")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        load: Any = DiffusionPipeline.from_pretrained  # diffusers' signatures are partly untyped
+        pipeline = load(folder, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: the pipeline cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)

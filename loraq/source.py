@@ -108,7 +108,8 @@ class Component:
         """One tensor, from its memory-mapped file."""
         try:
             with safe_open(self.places[name], framework="pt") as file:
-                return file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.places[name]}: '{name}' cannot be read: {error}.") from error
 
@@ -188,7 +189,7 @@ def _component(name: str, folder: Path, library: str = "diffusers") -> Component
     config = _json(folder / "config.json")
     if library != "diffusers" or "_class_name" not in config:
         raise ModelError(
-            f"model.component: '{name or folder}' is a model of {library}, and only diffusers' models can be quantized; "
+            f"model.component: '{name or folder}' is a model of {library}, but only models of diffusers can be packed; "
             "leave it out, it will be copied as it is."
         )
     if "quantization_config" in config:

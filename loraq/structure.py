@@ -9,7 +9,7 @@ hooks refuse what is not of the annotated type, and its error tree is turned int
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
@@ -108,13 +108,14 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(Activation, lambda value, _: activation(value))
     # By identity: a hook registered for a class would serve its subclasses, the strategies themselves, too.
     converter.register_structure_hook_func(lambda kind: kind in _CONTRACTS, _as_it_is)
-    converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _exact)
-    converter.register_structure_hook_func(lambda kind: get_origin(kind) in (Union, types.UnionType), _one_of)
+    origin: Callable[[Any], Any] = get_origin
+    converter.register_structure_hook_func(lambda kind: origin(kind) is Literal, _exact)
+    converter.register_structure_hook_func(lambda kind: origin(kind) in (Union, types.UnionType), _one_of)
     converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _strings)
 
     def attrs_hook(cls: type) -> Any:
         attrs.resolve_types(cls)
-        structure = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
+        structure: Callable[..., Any] = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
 
         def hook(value: object, kind: Any) -> Any:
             if isinstance(value, cls):
@@ -149,7 +150,8 @@ def structure(table: Mapping[str, Any], cls: type, path: str, faults: list[str])
 
 def keys_of(cls: type) -> list[str]:
     """The keys that a table for the attrs class `cls` may have."""
-    return [field.name for field in attrs.fields(cls)]
+    fields: tuple[attrs.Attribute[Any], ...] = attrs.fields(cls)
+    return [field.name for field in fields]
 
 
 def unknown_key(key: str, known: Sequence[str], owner: str) -> str:
@@ -160,6 +162,7 @@ def unknown_key(key: str, known: Sequence[str], owner: str) -> str:
 def _sentences(error: BaseException, path: str, cls: type) -> Iterator[str]:
     if isinstance(error, ClassValidationError):
         noted, others = error.group_exceptions()
+        inner: BaseException
         for inner, note in noted:
             kind = note.type if isinstance(note.type, type) else cls
             yield from _sentences(inner, f"{path}.{note.name}" if path else note.name, kind)
@@ -191,6 +194,6 @@ def plain(value: object) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     if attrs.has(type(value)):
-        fields = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+        fields = {field: getattr(value, field) for field in keys_of(type(value))}
         return {key: plain(each) for key, each in fields.items() if each is not None}
     return value

@@ -1,0 +1,164 @@
+"""One suite a contract, run against every registered strategy by test_contracts.py.
+
+A strategy's author calls the suite of the contract it implements: `quantizer(MyQuantizer())` raises AssertionError where
+a promise of loraq/contracts.py is broken.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from matrices import context, seeded, trained
+
+from loraq.contracts import (
+    AbstractFormat,
+    AbstractKernel,
+    AbstractLowRank,
+    AbstractPacking,
+    AbstractPreTransform,
+    AbstractQuantizer,
+)
+from loraq.layer import Part
+from loraq.layout import Layout
+from loraq.pipeline import LayerRecipe
+
+SHAPES = ((1, 1), (3, 5), (16, 64), (65, 130), (64, 200))
+
+
+def is_options_class(cls: type) -> None:
+    """A strategy is a frozen attrs class whose options have defaults, values and can be compared."""
+    assert attrs.has(cls), f"{cls.__name__} is no attrs class"
+    instance = cls()
+    assert instance == cls()
+    assert hash(instance) == hash(cls())
+    for field in attrs.fields(cls):
+        try:
+            setattr(instance, field.name, None)
+        except attrs.exceptions.FrozenInstanceError:
+            continue
+        raise AssertionError(f"{cls.__name__}.{field.name} can be changed")
+
+
+def number_format(format: AbstractFormat) -> None:
+    """Codes fit their bits, parts are what was announced, zeros stay zeros, and encoding is idempotent enough."""
+    for rows, columns in SHAPES:
+        for group in (1, 3, 64, columns):
+            values = seeded(rows, columns, seed=rows + columns)
+            values[0] = 0
+            coded = format.encode(values, group)  # Coded checks names, shapes and dtypes against format.parts
+            decoded = coded.decode()
+            assert decoded.shape == (rows, columns)
+            assert decoded.dtype == torch.float32
+            assert torch.equal(decoded[0], torch.zeros(columns))
+            for name, part in format.parts(rows, columns, group).items():
+                _fits_bits(coded.parts[name], part)
+            nearest = (values - decoded).abs().max()
+            assert nearest <= values.abs().max(), "rounding is worse than giving zero"
+
+
+def _fits_bits(tensor: torch.Tensor, part: Part) -> None:
+    if tensor.dtype == torch.int8:
+        assert int(tensor.min()) >= -(2 ** (part.bits - 1))
+        assert int(tensor.max()) < 2 ** (part.bits - 1)
+    elif tensor.dtype == torch.uint8:
+        assert int(tensor.max()) < 2**part.bits
+
+
+def quantizer(strategy: AbstractQuantizer) -> None:
+    """encode and round give the announced format and group, from the argument alone, which stays as it is."""
+    for rows, columns in SHAPES:
+        weight = trained(rows, columns, seed=3)
+        before = weight.clone()
+        coded = strategy.encode(weight, context())
+        again = strategy.encode(weight, context())
+        rounded = strategy.round(weight)
+        guessed = strategy.round(weight * 1.01, rounded)
+        assert torch.equal(weight, before), "encode or round changed its argument"
+        for each in (coded, rounded, guessed):
+            assert each.format == strategy.format
+            assert each.group == strategy.group_for(columns)
+            assert each.shape == (rows, columns)
+            assert torch.isfinite(each.decode()).all()
+        assert all(torch.equal(coded.parts[name], again.parts[name]) for name in coded.parts), "encode is not pure"
+        norm = weight.norm()
+        assert (weight - coded.decode()).norm() <= norm
+        assert (weight - rounded.decode()).norm() <= norm
+    zeros = torch.zeros(4, 70)
+    assert torch.equal(strategy.encode(zeros, context()).decode(), zeros)
+
+
+def pre_transform(strategy: AbstractPreTransform) -> None:
+    """The layer's function is unchanged to float rounding, and the online part is what was announced."""
+    for out, inn in SHAPES:
+        weight, input = trained(out, inn, seed=5), seeded(7, inn, seed=6)
+        weight[:, 0] = 0
+        online = strategy.prepare(weight, context())
+        announced = strategy.parts(inn)
+        assert online.keys() == announced.keys()
+        for name, part in announced.items():
+            assert tuple(online[name].shape) == part.shape
+            assert str(online[name].dtype) == f"torch.{part.dtype}"
+        expected = input.double() @ weight.double().T
+        found = strategy.input(input, online).double() @ strategy.weight(weight, online).double().T
+        assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max() + 1e-30), rtol=1e-4)
+
+
+def low_rank(
+    strategy: AbstractLowRank, main: AbstractQuantizer, branch: AbstractQuantizer, shapes: object = SHAPES
+) -> None:
+    """The fit has the announced shapes and formats, is a pure function, and is never worse than no branch."""
+    for out, inn in shapes:  # type: ignore[attr-defined]
+        weight = trained(out, inn, seed=7)
+        before = weight.clone()
+        alone = (weight - main.encode(weight, context()).decode()).square().sum()
+        for rank in {0, 1, min(out, inn, 9)} if strategy.has_branch else {0}:
+            fit = strategy.fit(weight, main, branch, rank, context())
+            again = strategy.fit(weight, main, branch, rank, context())
+            assert torch.equal(weight, before), "fit changed its argument"
+            assert fit.rank == rank
+            assert (fit.main.format, fit.main.group) == (main.format, main.group_for(inn))
+            if rank:
+                assert (fit.down.format, fit.down.group) == (branch.format, branch.group_for(inn))
+                assert (fit.up.format, fit.up.group) == (branch.format, branch.group_for(rank))
+            assert (weight - fit.decode()).square().sum() <= alone * (1 + 1e-6)
+            assert torch.equal(fit.decode(), again.decode()), "fit is not a pure function"
+
+
+def packing(strategy: AbstractPacking) -> None:
+    """Packing announces shape and dtype, stores integers, and comes back exactly."""
+    parts = [Part.codes(5, columns, bits) for columns in (1, 3, 8, 65) for bits in (2, 3, 4, 5, 6, 7, 8)]
+    parts += [Part.codes(5, 7, bits, signed=False) for bits in (1, 4, 8)]
+    parts += [Part((4, 3), dtype, width) for dtype, width in (("bfloat16", 16), ("float16", 16), ("float32", 32))]
+    for part in parts:
+        tensor = _random(part)
+        packed = strategy.pack(tensor, part)
+        announced = strategy.stored(part)
+        assert tuple(packed.shape) == announced.shape
+        assert str(packed.dtype) == f"torch.{announced.dtype}"
+        assert not packed.dtype.is_floating_point, "a loader would cast it"
+        back = strategy.unpack(packed, part)
+        assert back.dtype == tensor.dtype
+        assert torch.equal(back, tensor)
+
+
+def _random(part: Part) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(part.bits)
+    dtype = getattr(torch, part.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(part.shape, generator=generator).to(dtype)
+    low = -(2 ** (part.bits - 1)) if part.dtype == "int8" else 0
+    return torch.randint(low, low + 2**part.bits, part.shape, generator=generator).to(dtype)
+
+
+def kernel(backend: AbstractKernel, recipe: LayerRecipe, tensors: dict[str, torch.Tensor], layout: Layout) -> None:
+    """A backend computes what the reference computes, to float rounding, wherever it does not refuse."""
+    from loraq import ops
+
+    del recipe
+    if backend.refusal(layout) is not None:
+        return
+    for tokens in (1, 3, 130):
+        input = seeded(tokens, layout.inn, seed=tokens)
+        bias = seeded(layout.out, seed=1)
+        expected = ops.reference(input, tensors, bias, layout)
+        assert torch.allclose(backend.linear(input, tensors, bias, layout), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,126 @@
+"""The trained branch: never worse than what it starts from, the same twice, and better where there is something to gain."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraq import factors, formats
+from loraq.layer import Fit, LayerContext
+from loraq.strategies.branch_quantizer.none import SixteenBit
+from loraq.strategies.branch_quantizer.rtn import Rtn as BranchRtn
+from loraq.strategies.low_rank.loraq import Loraq
+from loraq.strategies.low_rank.none import NoBranch
+from loraq.strategies.low_rank.svd import Svd
+from loraq.strategies.main_quantizer.rtn import Rtn
+
+MAIN = Rtn()
+SHAPES = ((1, 1), (3, 5), (5, 3), (1, 70), (65, 130))
+WIDTHS = ("int8", "int6", "int4", "none")
+
+
+def context(seed: int = 0) -> LayerContext:
+    return LayerContext("layer", torch.Generator().manual_seed(seed))
+
+
+def matrix(out: int, inn: int, seed: int = 0) -> torch.Tensor:
+    """A random matrix whose singular values decay."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(out, inn, generator=generator)
+    return values + torch.randn(out, 4, generator=generator) @ torch.randn(4, inn, generator=generator)
+
+
+def branch_of(width: str) -> BranchRtn | SixteenBit:
+    return SixteenBit() if width == "none" else BranchRtn(weight=width)
+
+
+def fit_of(values: torch.Tensor, width: str = "int4", rank: int = 16, **options: float) -> Fit:
+    return Loraq(**options).fit(values, MAIN, branch_of(width), rank, context())
+
+
+def same(first: Fit, second: Fit) -> bool:
+    pairs = ((first.main, second.main), (first.up, second.up), (first.down, second.down))
+    return all(torch.equal(one.parts[name], other.parts[name]) for one, other in pairs for name in one.parts)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(SHAPES), st.integers(0, 1000), st.sampled_from(WIDTHS), st.sampled_from((1.0, 1e-12, 1e8)))
+def test_never_worse_than_svd_or_none(shape: tuple[int, int], seed: int, width: str, magnitude: float) -> None:
+    """Whatever the shape, scale and branch."""
+    values = matrix(*shape, seed) * magnitude
+    rank = (min(shape) + 1) // 2
+    fit = fit_of(values, width, rank, steps=4)
+    error = factors.error(values, fit)
+    assert fit.rank == rank
+    assert error <= factors.error(values, Svd().fit(values, MAIN, branch_of(width), rank, context()))
+    assert error <= factors.error(values, NoBranch().fit(values, MAIN, branch_of(width), 0, context()))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_training_pays(width: str) -> None:
+    """On a matrix with structure the trained branch leaves clearly less error than the SVD of the same rank."""
+    values = matrix(96, 128)
+    svd = factors.error(values, Svd().fit(values, MAIN, branch_of(width), 24, context()))
+    assert factors.error(values, fit_of(values, width, 24, steps=100)) < 0.85 * svd
+
+
+def test_same_twice_and_seeded() -> None:
+    """The generator is the only source of randomness."""
+    values = matrix(65, 130)
+    assert same(fit_of(values, steps=20), fit_of(values, steps=20))
+    other = Loraq(steps=20).fit(values, MAIN, branch_of("int4"), 16, context(seed=1))
+    assert not same(fit_of(values, steps=20), other)
+
+
+def test_arguments_are_left_alone() -> None:
+    """A fit does not write into its weight."""
+    values = matrix(65, 130)
+    before = values.clone()
+    fit_of(values, steps=3)
+    assert torch.equal(before, values)
+
+
+def test_magnitude_does_not_matter() -> None:
+    """The relative error of a scaled weight is the same to rounding."""
+    values = matrix(64, 96)
+    plain = factors.error(values, fit_of(values, steps=60))
+    assert factors.error(values * 2**-30, fit_of(values * 2**-30, steps=60)) * 2**30 == pytest.approx(plain, rel=0.03)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_all_zero_weight(rank: int) -> None:
+    """Zeros stay zeros, in the shape that was asked for."""
+    fit = fit_of(torch.zeros(6, 70), rank=rank)
+    assert fit.rank == rank
+    assert not fit.decode().any()
+
+
+def test_zero_rows_stay_zero_when_everything_else_is_exact() -> None:
+    """A weight that main codes hold exactly loses nothing."""
+    values = torch.zeros(4, 64)
+    values[0, :] = 7.0
+    assert not (fit_of(values, rank=2, steps=5).decode() - values).any()
+
+
+def test_rank_zero_is_no_branch() -> None:
+    """Without a rank the fit is the main quantizer's."""
+    values = matrix(6, 70)
+    fit = fit_of(values, rank=0)
+    assert fit.up is None
+    assert torch.equal(fit.main.codes, MAIN.encode(values, context()).codes)
+
+
+def test_formats_without_an_integer_grid() -> None:
+    """Any format goes, in the main codes and in the branch."""
+    table = formats.TableFormat("thirds", 4, tuple(step / 3 for step in range(-3, 4)))
+    values = matrix(20, 70)
+    main = Rtn(weight=table)
+    fit = Loraq(steps=10).fit(values, main, BranchRtn(weight=table), 4, context())
+    assert factors.error(values, fit) <= factors.error(values, NoBranch().fit(values, main, SixteenBit(), 0, context()))
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"learning_rate": 0.0}], ids=str)
+def test_wrong_options_are_refused(options: dict[str, float]) -> None:
+    """Options are checked when the strategy is made."""
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Loraq(**options)
