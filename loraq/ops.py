@@ -77,6 +77,8 @@ def linear(input: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, key: s
 @torch.library.custom_op("loraq::linear", mutates_args=())
 def _linear(input: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
     described = _layout(layout)
+    if input.numel() == 0:
+        return input.new_empty((*input.shape[:-1], described.out))
     named = dict(zip(described.stored(), tensors, strict=True))
     kernel = kernel_for(described, input.device.type)
     rows = input.reshape(-1, described.inn)
