@@ -50,7 +50,7 @@ class Activation:
 
     def group_for(self, columns: int) -> int:
         """How many columns share a scale in an input of `columns`."""
-        return max(1, columns) if self.group == "token" else self.group
+        return max(1, columns) if self.format is None else formats.group_within(self.format, self.group, columns)
 
     def to_plain(self) -> str | dict[str, Any]:
         """As a recipe or config.json writes it."""
@@ -80,4 +80,6 @@ def activation(value: str | Mapping[str, Any] | Activation) -> Activation:
         )
     if "format" not in value:
         raise InputError("an activation needs 'format'")
+    if not isinstance(value["format"], str | AbstractFormat):
+        raise InputError(f"an activation's 'format' is a format's name, got {value['format']!r}")
     return Activation(value["format"], value.get("group", DEFAULT_GROUP))

@@ -12,7 +12,7 @@ from loraq.contracts import AbstractPacking, AbstractQuantizer
 from loraq.errors import InputError
 from loraq.layout import Storage
 
-_LIKENESS = re.compile(r"rank([1-9][0-9]*)@([1-9][0-9]*)")
+_LIKENESS = re.compile(r"rank([1-9][0-9]{0,8})@([1-9][0-9]{0,8})")
 
 
 def budget_bytes(budget: int | str, out: int, inn: int) -> int:
@@ -20,11 +20,11 @@ def budget_bytes(budget: int | str, out: int, inn: int) -> int:
     if isinstance(budget, str):
         match = _LIKENESS.fullmatch(budget)
         if match is None:
-            raise InputError(f"expected a number of bytes or 'rank32@16' (rank and bits), got {budget!r}")
+            raise InputError(f"'budget' is a number of bytes or like 'rank32@16' (rank and bits), got {budget!r}")
         rank, bits = int(match[1]), int(match[2])
         return rank * bits * (out + inn) // 8
     if isinstance(budget, bool) or budget < 0:
-        raise InputError(f"expected a number of bytes or 'rank32@16' (rank and bits), got {budget!r}")
+        raise InputError(f"'budget' is a number of bytes or like 'rank32@16' (rank and bits), got {budget!r}")
     return budget
 
 

@@ -100,22 +100,29 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        for file in self._files:
-            path = self._partial(file)
-            if not path.exists() and (self._folder / file.name).exists():  # killed after `finish`: take it up again
-                (self._folder / file.name).rename(path)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._descriptors[file.name] = descriptor
-            try:
-                os.posix_fallocate(descriptor, 0, file.size)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{path}: there is no room for {file.size:,} bytes ({error.strerror}); free some, or set "
-                    "run.output to another disk."
-                ) from None
-            os.ftruncate(descriptor, file.size)
-            os.pwrite(descriptor, file.header, 0)
+        try:
+            for file in self._files:
+                self._open(file)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
+
+    def _open(self, file: FilePlan) -> None:
+        path = self._partial(file)
+        if not path.exists() and (self._folder / file.name).exists():  # killed after `finish`: take it up again
+            (self._folder / file.name).rename(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptors[file.name] = descriptor
+        try:
+            os.posix_fallocate(descriptor, 0, file.size)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: there is no room for {file.size:,} bytes ({error.strerror}); free some, or set "
+                "run.output to another disk."
+            ) from None
+        os.ftruncate(descriptor, file.size)
+        os.pwrite(descriptor, file.header, 0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -133,10 +140,10 @@ class ShardWriter:
         for tensor, data in tensors.items():
             file = self._owner[tensor]
             start, length = file.places[tensor]
-            view = memoryview(data).cast("B")
-            if len(view) != length:
+            view = memoryview(data)
+            if view.nbytes != length:
                 raise CheckpointError(
-                    f"{self._partial(file)}: '{tensor}' has {len(view)} bytes, planned were {length}."
+                    f"{self._partial(file)}: '{tensor}' has {view.nbytes} bytes, planned were {length}."
                 )
             written = 0
             while written < length:
@@ -172,6 +179,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """See all that lies below a folder to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(Path(place, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(place))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -38,7 +38,7 @@ def _console() -> Console:
 
 
 def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2))
+    click.echo(json.dumps(value, indent=2, default=str))
 
 
 def recipe_arguments(function: Function) -> Function:
@@ -66,7 +66,7 @@ def cli() -> None:
 def recipe_path(name: str) -> Path:
     """The file of a recipe: `name` itself if it is a path, else the shipped recipe of that name."""
     path = Path(name)
-    if path.exists() or path.suffix == ".toml" or len(path.parts) > 1:
+    if path.is_file() or path.suffix == ".toml" or len(path.parts) > 1:
         return path
     shipped = shipped_recipes()
     if name not in shipped:
@@ -95,7 +95,7 @@ def _load(recipe: str, settings: tuple[str, ...]) -> Recipe:
 
 @cli.command()
 @recipe_arguments
-@click.option("--restart", is_flag=True, help="Discard an unfinished run, replace a finished one.")
+@click.option("--restart", is_flag=True, help="Replace a finished result, or an unfinished one of another recipe.")
 @click.option("--only", metavar="PATTERN", help="Try the layers that match, write nothing.")
 @json_option
 def run(recipe: str, settings: tuple[str, ...], restart: bool, only: str | None, as_json: bool) -> None:
@@ -108,6 +108,8 @@ def run(recipe: str, settings: tuple[str, ...], restart: bool, only: str | None,
     if as_json:
         _print_json(report.to_plain())
         return
+    from rich.markup import escape
+
     console = _console()
     report.print(console)
     if report.output is None:
@@ -116,14 +118,14 @@ def run(recipe: str, settings: tuple[str, ...], restart: bool, only: str | None,
     share = report.written_bytes / report.source_bytes
     done = "was finished already" if report.already_done else f"done in {report.seconds:.1f} s"
     console.print(
-        f"[bold]{report.output}[/bold]  {done}: {size(report.source_bytes)} became {size(report.written_bytes)} "
-        f"({share:.0%}), {report.effective_bits:.2f} bits a quantized weight, error {report.error_before:.4f} without "
-        f"the branch and {report.error_after:.4f} with it",
+        f"[bold]{escape(report.output)}[/bold]  {done}: {size(report.source_bytes)} became "
+        f"{size(report.written_bytes)} ({share:.0%}), {report.effective_bits:.2f} bits a quantized weight, "
+        f"error {report.error_before:.4f} without the branch and {report.error_after:.4f} with it",
         highlight=False,
     )
     if report.pictures:
         console.print(
-            f"[bold]{report.pictures}[/bold]  16-bit beside quantized, same prompts and seeds", highlight=False
+            f"[bold]{escape(report.pictures)}[/bold]  16-bit beside quantized, same prompts and seeds", highlight=False
         )
 
 
@@ -141,12 +143,15 @@ def plan(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         _print_json(made.to_plain())
         return
+    from rich.markup import escape
+
     console = _console()
     for component in made.components:
-        console.print(f"[bold]{component.component.name or made.source.root}[/bold]  {component.component.class_name}")
+        title = escape(component.component.name or str(made.source.root))
+        console.print(f"[bold]{title}[/bold]  {component.component.class_name}")
         console.print(plan_table(component.layers))
         if component.skipped:
-            console.print(skipped_line(component.skipped), style="dim", highlight=False)
+            console.print(skipped_line(component.skipped), style="dim", highlight=False, markup=False)
     bits = 8 * made.packed_bytes / made.weights if made.weights else 0
     console.print(
         f"{size(made.source_bytes)} would become {size(made.written_bytes)} "
@@ -183,6 +188,9 @@ def list_(kind: str | None, name: str | None, as_json: bool) -> None:
         _list_all(as_json)
         return
     if kind == "recipe":
+        if as_json:
+            _print_json({recipe: str(path) for recipe, path in shipped_recipes().items()})
+            return
         for recipe, path in shipped_recipes().items():
             click.echo(f"{recipe}  {path}")
         return
@@ -196,15 +204,15 @@ def list_(kind: str | None, name: str | None, as_json: bool) -> None:
 
 
 def _offers(kind: str) -> list[dict[str, str]]:
-    """What is on offer of a kind; a name that two distributions offer says so."""
+    """What is on offer of a kind; a name that two distributions offer, or that cannot be imported, says so."""
     rows = []
     for name in registry.names(f"loraq.{kind}"):
         try:
             offer = registry.offer(f"loraq.{kind}", name)
+            summary = _summary(offer.load())
         except LoraqError as error:
             rows.append({"name": name, "summary": f"refused: {error}", "distribution": "", "version": ""})
             continue
-        summary = _summary(offer.load())
         rows.append({"name": name, "summary": summary, "distribution": offer.distribution, "version": offer.version})
     return rows
 
@@ -220,9 +228,18 @@ def _list_all(as_json: bool) -> None:
         _print_json({kind: _offers(kind) for kind in kinds})
         return
     for kind in kinds:
-        names = registry.names(f"loraq.{kind}")
+        names = [_told(kind, name) for name in registry.names(f"loraq.{kind}")]
         click.echo(f"{kind:<18}{', '.join(names) or '-'}")
     click.echo(f"{'recipe':<18}{', '.join(shipped_recipes())}")
+
+
+def _told(kind: str, name: str) -> str:
+    """A name, with the distribution behind it where that is not LoRaQ itself."""
+    try:
+        offer = registry.offer(f"loraq.{kind}", name)
+    except LoraqError:
+        return f"{name} (refused: see `loraq list {kind}`)"
+    return name if offer.distribution == "loraq" else f"{name} ({offer.distribution} {offer.version})"
 
 
 def _list_kind(kind: str, as_json: bool) -> None:
@@ -231,13 +248,14 @@ def _list_kind(kind: str, as_json: bool) -> None:
         _print_json(rows)
         return
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("name", "what it is", "from"):
         table.add_column(column)
     for row in rows:
-        table.add_row(row["name"], row["summary"], f"{row['distribution']} {row['version']}".strip())
+        table.add_row(row["name"], escape(row["summary"]), f"{row['distribution']} {row['version']}".strip())
     _console().print(table)
 
 
@@ -261,7 +279,7 @@ def _list_options(kind: str, name: str, as_json: bool) -> None:
         return
     click.echo(f"{kind} {name}: {(target.__doc__ or '').strip()}\n")
     for option in options:
-        default = "required" if option["required"] else json.dumps(option["default"])
+        default = "required" if option["required"] else json.dumps(option["default"], default=str)
         click.echo(f"  {option['option']} = {default}")
     if not options:
         click.echo("  no options")

@@ -51,7 +51,12 @@ class AbstractFormat(ABC):
     @property
     @abstractmethod
     def integer(self) -> bool:
-        """Whether a code times its group's scale is the value, so that products can run in integers."""
+        """Whether a value is a small integer times its group's scale, so that products can run in integers."""
+
+    @property
+    @abstractmethod
+    def block(self) -> int | None:
+        """How many columns share a scale where the format fixes it (32 in MX), None where any number will do."""
 
     @abstractmethod
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
@@ -69,6 +74,14 @@ class AbstractFormat(ABC):
     @abstractmethod
     def decode(self, coded: Coded) -> Tensor:
         """The values, (rows, columns) float32."""
+
+    @abstractmethod
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        """(integers, scales, group) with value = integer * scale: what an integer product multiplies.
+
+        `integers` (rows, columns) int8 or int16, `scales` (rows, groups) float32, `group` columns a scale. Called only
+        where `integer` is true; raises TypeError elsewhere.
+        """
 
 
 class AbstractPreTransform(ABC):

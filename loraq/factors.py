@@ -1,4 +1,4 @@
-"""What every low-rank strategy needs: the truncated SVD, codes for a pair of factors, and never being worse than none."""
+"""What every low-rank strategy needs: the truncated SVD, codes for both factors, and never being worse than none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Each singular value is shared evenly: column k of `up` and row k of `down` have the norm of its square root. From
     the eigenvectors of the smaller Gram matrix in float64, whose squaring costs nothing that float32 could hold, in a
-    fifth of the time of a full SVD. Columns beyond the weight's own rank are zero.
+    fifth of the time of a full SVD. Columns beyond the weight's own rank, or its smaller side, are zero.
     """
     out, inn = weight.shape
     if out < inn:
@@ -32,11 +32,12 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return weight.new_zeros(out, rank), weight.new_zeros(rank, inn)
     values = values / peak  # so that no square underflows
     eigenvalues, vectors = torch.linalg.eigh(values.T @ values)
-    squares = eigenvalues.flip(0)[:rank].clamp(min=0)
+    missing = max(0, rank - inn)
+    squares = torch.nn.functional.pad(eigenvalues.flip(0)[:rank].clamp(min=0), (0, missing))
     squares = torch.where(squares > 1e-13 * squares[0], squares, 0)
     roots = squares.pow(0.25) * math.sqrt(peak)
     inverse = torch.where(roots > 0, peak / roots, 0)
-    right = vectors.flip(1)[:, :rank]
+    right = torch.nn.functional.pad(vectors.flip(1)[:, :rank], (0, missing))
     return (values @ right * inverse).float(), (right * roots).T.float().contiguous()
 
 

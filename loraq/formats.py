@@ -50,7 +50,7 @@ def _stored_scales(limits: Tensor, top: float) -> Tensor:
     return (limits / top).to(torch.bfloat16)
 
 
-def _divided(values: Tensor, scales: Tensor, group: int) -> Tensor:
+def divided(values: Tensor, scales: Tensor, group: int) -> Tensor:
     """`values / scale`, (rows, groups, group) float32; 0 where the scale is 0."""
     divisor = scales.float().unsqueeze(-1)
     return grouped(values, group) / torch.where(divisor == 0, torch.inf, divisor)
@@ -72,6 +72,10 @@ class IntegerFormat(AbstractFormat):
         """The largest code that activations use: the top of the grid."""
         return int(2 ** (self.bits - 1)) - 1
 
+    @property
+    def block(self) -> int | None:
+        return None
+
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)
         return {"codes": Part.codes(rows, columns, self.bits), "scales": scales}
@@ -80,12 +84,20 @@ class IntegerFormat(AbstractFormat):
         rows, columns = values.shape
         scales = _stored_scales(largest(values, group) if limits is None else limits, self.limit)
         lowest = -self.limit - 1 if full_range else -self.limit
-        codes = _divided(values, scales, group).round_().clamp_(lowest, self.limit).to(torch.int8)
+        codes = divided(values, scales, group).round_().clamp_(lowest, self.limit).to(torch.int8)
         return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
         scaled = grouped(coded.codes.float(), coded.group) * coded.scales.float().unsqueeze(-1)
         return ungrouped(scaled, coded.shape[1]).contiguous()
+
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        return coded.codes, coded.scales.float(), coded.group
+
+
+def no_integers(format: AbstractFormat) -> TypeError:
+    """The error of `integer_view` where there is none."""
+    return TypeError(f"{format.name} has no integer codes")
 
 
 def _ascending(instance: Any, attribute: Any, table: tuple[float, ...]) -> None:
@@ -109,6 +121,10 @@ class TableFormat(AbstractFormat):
     def integer(self) -> bool:
         return False
 
+    @property
+    def block(self) -> int | None:
+        return None
+
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)
         return {"codes": Part.codes(rows, columns, self.bits, signed=False), "scales": scales}
@@ -120,13 +136,16 @@ class TableFormat(AbstractFormat):
         top = float(table.abs().max())
         scales = _stored_scales(largest(values, group) if limits is None else limits, top)
         middles = (table[1:] + table[:-1]) / 2
-        codes = torch.bucketize(_divided(values, scales, group), middles).to(torch.uint8)
+        codes = torch.bucketize(divided(values, scales, group), middles).to(torch.uint8)
         return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
         table = torch.tensor(self.table, dtype=torch.float32, device=coded.codes.device)
         scaled = grouped(table[coded.codes.long()], coded.group) * coded.scales.float().unsqueeze(-1)
         return ungrouped(scaled, coded.shape[1]).contiguous()
+
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        raise no_integers(self)
 
 
 @attrs.frozen
@@ -140,6 +159,10 @@ class FloatFormat(AbstractFormat):
     def integer(self) -> bool:
         return False
 
+    @property
+    def block(self) -> int | None:
+        return None
+
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         return {"values": Part((rows, columns), self.name, self.bits)}
 
@@ -151,11 +174,23 @@ class FloatFormat(AbstractFormat):
     def decode(self, coded: Coded) -> Tensor:
         return coded.parts["values"].float()
 
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        raise no_integers(self)
 
+
+INT2 = IntegerFormat("int2", 2)
+INT3 = IntegerFormat("int3", 3)
 INT4 = IntegerFormat("int4", 4)
 INT6 = IntegerFormat("int6", 6)
 INT8 = IntegerFormat("int8", 8)
 BFLOAT16 = FloatFormat("bfloat16", 16)
+
+
+def group_within(format: AbstractFormat, group: int | str, columns: int) -> int:
+    """How many columns share a scale: the format's own block, else `group`; the whole row for "row" or "token"."""
+    if format.block is not None:
+        return format.block
+    return max(1, columns) if isinstance(group, str) else group
 
 
 def named(value: str | AbstractFormat) -> AbstractFormat:

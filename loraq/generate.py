@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraq.errors import InputError
+from PIL import Image
+
+from loraq.errors import CheckpointError, InputError
 from loraq.quantize import resolved_device
 from loraq.run import PROVENANCE
 from loraq.samples import draw, load_pipeline
@@ -19,6 +21,8 @@ def generate_pictures(
     """Draw a picture for each prompt; several are numbered. Returns their paths."""
     from loraq.recipe import toml_value
 
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--output {output}: a picture's name ends in .png or .jpg.")
     call = _recorded_call(folder)
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -41,5 +45,8 @@ def _recorded_call(folder: Path) -> dict[str, Any]:
     path = folder / PROVENANCE
     if not path.exists():
         return {}
-    samples = json.loads(path.read_text(encoding="utf-8")).get("recipe", {}).get("samples") or {}
-    return dict(samples.get("call", {}))
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))["recipe"].get("samples") or {}
+        return dict(samples.get("call", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error!r}).") from None

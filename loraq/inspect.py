@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraq.errors import CheckpointError
-from loraq.layout import Layout
+from loraq.journal import work_folder
 from loraq.report import layer_table, size, skipped_line
 from loraq.run import PROVENANCE, report_of
-from loraq.source import read_header
+from loraq.source import DTYPES, read_header
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,32 +19,60 @@ if TYPE_CHECKING:
 def inspect_folder(folder: Path) -> dict[str, Any]:
     """The quantized components of `folder` and its provenance. Raises CheckpointError where there is nothing packed."""
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}.")
+        unfinished = work_folder(folder.absolute())
+        hint = f"; {unfinished} is an unfinished run, which `loraq run` continues" if unfinished.is_dir() else ""
+        raise CheckpointError(f"there is no folder {folder}{hint}.")
     components = {}
     for config_path in sorted({folder / "config.json", *folder.glob("*/config.json")}):
         if not config_path.exists():
             continue
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        quantization = config.get("quantization_config") or {}
-        if quantization.get("quant_method") == "loraq":
+        config = _json(config_path)
+        quantization = config.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "loraq":
             name = "" if config_path.parent == folder else config_path.parent.name
             components[name] = _component(config_path.parent, config)
     if not components:
         raise CheckpointError(f"{folder}: nothing in it was packed by LoRaQ.")
     provenance_path = folder / PROVENANCE
-    provenance = json.loads(provenance_path.read_text(encoding="utf-8")) if provenance_path.exists() else None
+    provenance = _json(provenance_path) if provenance_path.exists() else None
     return {"folder": str(folder), "components": components, "provenance": provenance}
 
 
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object.")
+    return found
+
+
 def _component(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    from loraq.diffusers import LoraqConfig
+
     quantization = config["quantization_config"]
-    layouts = [Layout.from_plain(each) for each in quantization["layouts"]]
+    try:
+        layouts = LoraqConfig(quantization).layouts  # refuses other versions and missing plugins
+        stored = {
+            f"{name}.{key}": each
+            for name, index in quantization["layers"].items()
+            for key, each in layouts[index].stored().items()
+        }
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: its quantization_config is malformed ({error!r}).") from None
     files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    packed = {f"{name}.{stored}" for name, i in quantization["layers"].items() for stored in layouts[i].stored()}
+    packed = stored.keys()
     specs = {name: spec for path in folder.glob("*.safetensors") for name, spec in read_header(path).items()}
-    missing = sorted(packed - specs.keys())
-    if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} packed tensors are missing, the first is '{missing[0]}'.")
+    wrong = [
+        name
+        for name, each in stored.items()
+        if name not in specs or (specs[name].shape, DTYPES[specs[name].dtype][0]) != (each.shape, each.dtype)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} packed tensors are missing or not as config.json says, the first is '{wrong[0]}'."
+        )
     weights = sum(layouts[index].out * layouts[index].inn for index in quantization["layers"].values())
     packed_bytes = sum(layouts[index].stored_bytes for index in quantization["layers"].values())
     return {
@@ -64,8 +92,10 @@ def _component(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def print_inspection(found: dict[str, Any], console: Console) -> None:
     """For people."""
+    from rich.markup import escape
+
     for name, component in found["components"].items():
-        title = f"{found['folder']}/{name}" if name else found["folder"]
+        title = escape(f"{found['folder']}/{name}" if name else found["folder"])
         console.print(f"[bold]{title}[/bold]  {component['class']}, format version {component['format_version']}")
         console.print(
             f"  {component['layers']} packed layers, {component['quantized_weights']:,} weights in "
@@ -79,6 +109,6 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
         report = report_of(found["provenance"])
         console.print(layer_table(report.layers))
         if report.skipped:
-            console.print(skipped_line(report.skipped), style="dim", highlight=False)
+            console.print(skipped_line(report.skipped), style="dim", highlight=False, markup=False)
         made = found["provenance"]["fingerprint"]["versions"]
         console.print("made with " + ", ".join(f"{key} {value}" for key, value in made.items()), highlight=False)

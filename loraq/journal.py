@@ -6,6 +6,10 @@ the output when whole. So the output folder is either absent or complete, and an
 The journal's first line is the run's fingerprint; each further line says that one unit (a layer, or the tensors that
 are only copied) is written: its digest and its record. A line is added after the unit's bytes are on disk, and synced.
 On restart a last line that was cut off is dropped, and a unit counts only if its bytes still have their digest.
+
+`restart` replaces: an unfinished run of another fingerprint is discarded, a finished output makes way for the new one
+once that is whole. An unfinished run of the same fingerprint is continued all the same, so that the command which was
+killed, `--restart` and all, continues.
 """
 
 from __future__ import annotations
@@ -27,6 +31,32 @@ from loraq.errors import CheckpointError
 def work_folder(output: Path) -> Path:
     """Where an unfinished run keeps its state."""
     return output.with_name(f"{output.name}.unfinished")
+
+
+_KEYS = {"unit", "digest", "record"}
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    """Take the lock of the journal at `path`; False where another run has it, or has just finished and removed it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def drop_leftovers(output: Path) -> None:
+    """Remove what a run leaves that was killed after its last rename, unless a run is at work there."""
+    path = work_folder(output) / "journal.jsonl"
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        if _locked(descriptor, path):
+            shutil.rmtree(path.parent, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 class Journal:
@@ -54,24 +84,22 @@ class Journal:
             raise
 
     def _take_up(self, fingerprint: Mapping[str, Any], *, restart: bool) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"{self.folder}: another run is at work on this output; wait for it.") from None
+        if not _locked(self._descriptor, self._path):
+            raise CheckpointError(f"{self.folder}: another run is at work on this output; wait for it.")
         lines, length = self._whole_lines()
-        if lines and not restart:
-            changed = [key for key in sorted(fingerprint) if lines[0].get(key) != fingerprint[key]]
-            if changed:
-                raise CheckpointError(
-                    f"{self.folder} holds an unfinished run with another {', '.join(changed)}; run that one to its "
-                    "end, choose another run.output, or discard it with --restart."
-                )
+        changed = [key for key in sorted(fingerprint) if lines and lines[0].get(key) != fingerprint[key]]
+        if changed and not restart:
+            raise CheckpointError(
+                f"{self.folder} holds an unfinished run with another {', '.join(changed)}; run that one to its "
+                "end, choose another run.output, or discard it with --restart."
+            )
+        if lines and not changed:
             self.entries = {line["unit"]: line for line in lines[1:]}
             os.ftruncate(self._descriptor, length)
             return
-        if restart and self.result.exists():
-            shutil.rmtree(self.result)
         os.ftruncate(self._descriptor, 0)
+        if self.result.exists():  # of a run that is discarded, or whose journal is lost: nothing in it counts
+            shutil.rmtree(self.result)
         self._append(dict(fingerprint))
         sync_folder(self.folder)
 
@@ -86,7 +114,7 @@ class Journal:
                 found = json.loads(line)
             except ValueError:
                 break
-            if not line.endswith(b"\n") or not isinstance(found, dict) or (lines and "unit" not in found):
+            if not line.endswith(b"\n") or not isinstance(found, dict) or (lines and not found.keys() >= _KEYS):
                 break
             lines.append(found)
             length += len(line)
@@ -94,9 +122,13 @@ class Journal:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         data = (json.dumps(line) + "\n").encode()
-        os.lseek(self._descriptor, 0, os.SEEK_END)
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        start = os.lseek(self._descriptor, 0, os.SEEK_END)
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError:  # no room: leave no torn line for another worker's line to follow
+            os.ftruncate(self._descriptor, start)
+            raise
         os.fsync(self._descriptor)
 
     def add(self, unit: str, digest: str, record: Mapping[str, Any] | None) -> None:
@@ -107,7 +139,11 @@ class Journal:
             self.entries[unit] = line
 
     def finish(self, output: Path) -> None:
-        """Rename the result to `output`, which must not exist or be empty, and drop the journal."""
+        """Rename the result to `output` and drop the journal; what lay there makes way only now."""
+        if output.exists():
+            replaced = self.folder / "replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            output.rename(replaced)
         self.result.rename(output)
         sync_folder(output.parent)
         shutil.rmtree(self.folder)

@@ -36,6 +36,8 @@ class Part:
     shape: tuple[int, ...]
     dtype: str
     bits: int
+    levels: int = 0
+    """3 for ternary codes, which may be packed tighter than in whole bits; 0 for all others."""
 
     @classmethod
     def codes(cls, rows: int, columns: int, bits: int, *, signed: bool = True) -> Part:

@@ -12,6 +12,7 @@ the front. All stored tensors are integers, which no `.to(dtype)` touches; the b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class PackedLinear(nn.Module):
             owner, leaf = self._owner(name, create=True)
             owner.register_buffer(leaf, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        # Looking a dotted name up takes longer than a small layer with one token; the owners never change.
+        self._owners = tuple(self._owner(name) for name in self._names)
 
     def _owner(self, name: str, *, create: bool = False) -> tuple[nn.Module, str]:
         """The submodule that holds a stored tensor, and the buffer's own name."""
@@ -111,7 +114,8 @@ class PackedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if self.convolution:
             input = input.movedim(1, -1)
-        output = ops.linear(input, [self.get_buffer(name) for name in self._names], self.bias, self._key)
+        tensors: list[Any] = [owner._buffers[leaf] for owner, leaf in self._owners]
+        output = ops.linear(input, tensors, self.bias, self._key)
         return output.movedim(-1, 1) if self.convolution else output
 
     def extra_repr(self) -> str:

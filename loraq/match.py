@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import attrs
 from torch import Tensor, nn
 
+from loraq.errors import InputError
 from loraq.families import Family
 from loraq.layout import Layout
 from loraq.pipeline import LayerRecipe, Pipeline
@@ -43,6 +44,8 @@ class SkippedLayer:
 
 def linear_weight(module: nn.Module) -> Tensor | None:
     """The (out, inn) weight of a linear layer, None for a module that is none."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention's out_proj: it takes the weight and never calls the module
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return module.weight
     if isinstance(module, nn.Conv2d) and _is_pointwise(module):
@@ -79,7 +82,10 @@ def match_layers(
             # Layers that the same overrides match share one bound recipe.
             key = tuple(override.matches(name) for override in (*defaults, *pipeline.overrides))
             if key not in recipes:
-                recipes[key] = pipeline.layer_recipe(name, defaults)
+                try:
+                    recipes[key] = pipeline.layer_recipe(name, defaults)
+                except InputError as error:  # each table was judged alone; together they may not go
+                    raise InputError(f"layer '{name}', with all [[layers]] tables that match it: {error}") from None
             recipe = recipes[key]
             if recipe is not None:
                 out, inn = weight.shape

@@ -52,6 +52,12 @@ def _layout(key: str) -> Layout:
     return _LAYOUTS[key]
 
 
+@functools.cache
+def _names(key: str) -> tuple[str, ...]:
+    """The stored names of a layout, kept because a call with one token may take no longer than making them."""
+    return tuple(_layout(key).stored())
+
+
 def layout_key(layout: Layout) -> str:
     """The string that stands for a layout in an operation's arguments: its JSON.
 
@@ -79,7 +85,7 @@ def _linear(input: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: s
     described = _layout(layout)
     if input.numel() == 0:
         return input.new_empty((*input.shape[:-1], described.out))
-    named = dict(zip(described.stored(), tensors, strict=True))
+    named = dict(zip(_names(layout), tensors, strict=True))
     kernel = kernel_for(described, input.device.type)
     rows = input.reshape(-1, described.inn)
     output = (reference if kernel is None else kernel.linear)(rows, named, bias, described)
@@ -144,17 +150,21 @@ def product(input: Coded | Tensor, weight: Coded) -> Tensor:
 
 
 def _integer_product(input: Coded, weight: Coded) -> Tensor:
-    columns = weight.shape[1]
-    output = torch.zeros(input.shape[0], weight.shape[0], dtype=torch.float32, device=weight.codes.device)
-    input_scales, weight_scales = input.scales.float(), weight.scales.float()
-    largest = 2 ** (input.format.bits - 1) * 2 ** (weight.format.bits - 1)
-    for start, end in _segments(columns, input.group, weight.group):
+    codes_x, scales_x, group_x = input.format.integer_view(input)
+    codes_w, scales_w, group_w = weight.format.integer_view(weight)
+    output = torch.zeros(input.shape[0], weight.shape[0], dtype=torch.float32, device=codes_w.device)
+    largest = _magnitude(codes_x.dtype) * _magnitude(codes_w.dtype)
+    for start, end in _segments(weight.shape[1], group_x, group_w):
         # Floating point carries the integers exactly; int8 matmuls exist on few devices.
         carrier = torch.float32 if largest * (end - start) <= _EXACT_FLOAT32 else torch.float64
-        sums = input.codes[:, start:end].to(carrier) @ weight.codes[:, start:end].to(carrier).T
-        scale_x = input_scales[:, start // input.group].unsqueeze(1)
-        output += sums.float() * scale_x * weight_scales[:, start // weight.group]
+        sums = codes_x[:, start:end].to(carrier) @ codes_w[:, start:end].to(carrier).T
+        output += sums.float() * scales_x[:, start // group_x].unsqueeze(1) * scales_w[:, start // group_w]
     return output
+
+
+def _magnitude(dtype: torch.dtype) -> int:
+    """The largest magnitude of integers held in a dtype; int16 holds an 8-bit code less an 8-bit zero point."""
+    return 128 if dtype == torch.int8 else 256
 
 
 def _segments(columns: int, *groups: int) -> list[tuple[int, int]]:

@@ -171,13 +171,16 @@ def quantize_layer(name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int)
     """
     started = time.perf_counter()
     digest = hashlib.sha256(tensor_bytes(weight)).hexdigest()
-    if not bool(torch.isfinite(weight).all()):
-        kind = "NaN" if bool(torch.isnan(weight).any()) else "an infinite value"
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ModelError(f"layer '{name}': its weight is {weight.dtype}, quantized already; give the 16-bit model.")
+    values = weight.detach().float()
+    if not bool(torch.isfinite(values).all()):
+        kind = "NaN" if bool(torch.isnan(values).any()) else "an infinite value"
         raise ModelError(f"layer '{name}': its weight has {kind}; mend the model, or skip the layer with model.skip.")
     bound = _bound(recipe)
     layout = recipe.layout(*weight.shape)
     with torch.no_grad():
-        transformed = weight.detach().float()
+        transformed = values
         context = LayerContext(name, layer_generator(seed, name, weight.device))
         parts: dict[str, Tensor] = {}
         for index, transform in enumerate(recipe.transforms):
@@ -258,7 +261,8 @@ class Pipeline:
         from loraq.recipe import overridden
 
         matching = [each for each in (*defaults, *self.overrides) if each.matches(name)]
-        if any(each.skip for each in matching):
+        skips = [each.skip for each in matching if each.skip is not None]
+        if skips and skips[-1]:
             return None
         return bind(overridden(self.stages, matching))
 

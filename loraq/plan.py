@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from loraq.errors import ModelError, choices
 from loraq.families import family_of
 from loraq.match import MatchedLayer, match_layers
 from loraq.pipeline import Pipeline
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from loraq.checkpoint import FilePlan
 
+_WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
 _SAFETENSORS_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 
 
@@ -123,6 +125,13 @@ def _component_plan(component: Component, pipeline: Pipeline) -> ComponentPlan:
     matched, skipped = match_layers(skeleton, pipeline, family)
     for layer in matched:
         replace_layer(skeleton, layer, None)
+    for layer in matched:
+        dtype = component.tensors[f"{layer.name}.weight"].dtype
+        if dtype not in _WEIGHT_DTYPES:
+            raise ModelError(
+                f"{component.folder}: layer '{layer.name}' has a weight of {dtype}; LoRaQ quantizes "
+                f"{choices(_WEIGHT_DTYPES)}, so give the model in 16 bits, or skip the layer with model.skip."
+            )
     quantized = {layer.name for layer in matched}
     specs: dict[str, TensorSpec] = {}
     kept: list[str] = []

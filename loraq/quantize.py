@@ -34,9 +34,11 @@ def resolved_device(device: str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"run.device: '{device}' is not to be had here ({reason}); use 'auto' or 'cpu'.") from None
+        raise InputError(f"device '{device}' is not to be had here ({reason}); use 'auto' or 'cpu'.") from None
+    if found.type == "meta":
+        raise InputError("device 'meta' computes nothing; use 'auto' or 'cpu'.")
     return found
 
 
@@ -88,6 +90,10 @@ def quantize_module(pipeline: Pipeline, module: nn.Module, *, family: str | None
         )
     if any(isinstance(child, PackedLinear) for child in module.modules()):
         raise ModelError("the module holds packed layers already; quantize the 16-bit model instead.")
+    if not matched:
+        raise ModelError("the module has no layer left to quantize; look at skip, keep and the overrides.")
+    if is_diffusers:  # what config.json cannot say is refused now, not when the layers are replaced
+        integration.quantization_config({layer.name: layer.layout for layer in matched}, ())
 
     def fitted(layer: MatchedLayer) -> QuantizedLayer:
         weight = linear_weight(module.get_submodule(layer.name))

@@ -10,6 +10,7 @@ file, TOML path, what was found, what would do. Indices count from 0, as in `sta
 from __future__ import annotations
 
 import fnmatch
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,12 +24,20 @@ from loraq.errors import InputError, LoraqError, RecipeError, did_you_mean
 from loraq.pipeline import Pipeline, bind
 from loraq.structure import keys_of, plain, structure, unknown_key
 
+_SECTIONS = ("model", "run", "samples")
+
+
+def _path(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+    del instance
+    if not value or "\0" in value:
+        raise ValueError(f"'{attribute.name}' must be a folder's path, got {value!r}")
+
 
 @attrs.frozen(kw_only=True)
 class ModelSource:
     """What to quantize: a diffusers folder (or a hub repository), and which components of it."""
 
-    folder: str | None = None
+    folder: str | None = attrs.field(default=None, validator=attrs.validators.optional(_path))
     """A pipeline's or a component's folder; relative to the recipe."""
     hub: str | None = None
     """A hub repository, "owner/name"; fetched unless it is in the local cache."""
@@ -44,13 +53,17 @@ class ModelSource:
     def __attrs_post_init__(self) -> None:
         if (self.folder is None) == (self.hub is None):
             raise InputError(f"give either 'folder' or 'hub', got {'neither' if self.folder is None else 'both'}")
+        if self.revision is not None and self.hub is None:
+            raise InputError("'revision' goes with 'hub', a folder has none; leave it out")
+        if not self.component or len(set(self.component)) < len(self.component):
+            raise InputError(f"'component' must name one or more components, each once, got {list(self.component)}")
 
 
 @attrs.frozen(kw_only=True)
 class RunOptions:
     """Where the result goes, and how it is made."""
 
-    output: str
+    output: str = attrs.field(validator=_path)
     """The folder of the result; relative to where the command runs."""
     seed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     """Seeds every layer's randomness, together with the layer's name."""
@@ -68,10 +81,14 @@ class Samples:
 
     prompts: tuple[str, ...]
     """What to draw, a picture each."""
-    seed: int = 0
+    seed: int = attrs.field(default=0, validator=[attrs.validators.ge(0), attrs.validators.lt(2**63)])
     """The first picture's seed; each further picture has the next."""
     call: dict[str, Any] = attrs.field(factory=dict)
     """Arguments of the diffusers pipeline's call, such as num_inference_steps."""
+
+    def __attrs_post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError("'prompts' is empty; say what to draw, or leave [samples] out")
 
 
 @attrs.frozen(kw_only=True)
@@ -119,7 +136,7 @@ class Recipe:
             "model": plain(self.model),
             "run": plain(self.run),
             "stage": [plain_stage(stage) for stage in self.stage],
-            "layers": [plain(override) for override in self.layers],
+            "layers": [_plain_override(override) for override in self.layers],
         } | ({} if self.samples is None else {"samples": plain(self.samples)})
 
 
@@ -134,6 +151,12 @@ def plain_stage(stage: AbstractStage) -> dict[str, Any]:
         elif value is not None:
             table[key] = plain(value)
     return table
+
+
+def _plain_override(override: Override) -> dict[str, Any]:
+    """An override as a recipe's [[layers]] table."""
+    table = {"match": plain(override.match)} | ({} if override.skip is None else {"skip": override.skip})
+    return table | cast("dict[str, Any]", plain(override.options))
 
 
 def overridden(stages: Sequence[AbstractStage], overrides: Sequence[Override]) -> tuple[AbstractStage, ...]:
@@ -245,6 +268,8 @@ def load(file: str | Path, settings: Sequence[str] = ()) -> Recipe:
         raise RecipeError([f"{path}: cannot be read: {error}"]) from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError([f"{path}: is not TOML: {error}"]) from None
+    except RecursionError:
+        raise RecipeError([f"{path}: is not TOML: it is nested too deeply"]) from None
     return from_table(table, file=path, settings=settings)
 
 
@@ -259,15 +284,11 @@ def from_table(table: Mapping[str, Any], *, file: Path, settings: Sequence[str] 
     samples = _section(table, "samples", Samples, faults) if "samples" in table else None
     stages = _stages(table.get("stage"), faults)
     layers = _layers(table.get("layers", []), stages, faults)
-    if not faults:
-        try:
-            bind([stage for stage in stages if stage is not None])
-        except InputError as error:
-            faults.append(f"stage: {error}")
     if faults:
         raise RecipeError([f"{file}: {fault}" for fault in faults])
+    run = attrs.evolve(run, output=os.path.expanduser(run.output))
     if model.folder is not None:
-        model = attrs.evolve(model, folder=str(file.parent / model.folder))
+        model = attrs.evolve(model, folder=str(file.parent / os.path.expanduser(model.folder)))
     return Recipe(
         model=model, run=run, stage=tuple(each for each in stages if each is not None), layers=layers, samples=samples
     )
@@ -283,21 +304,29 @@ def _section(table: Mapping[str, Any], key: str, cls: type, faults: list[str]) -
 def _stages(tables: object, faults: list[str]) -> list[AbstractStage | None]:
     if tables is None:
         faults.append("stage: is missing; a recipe lists its stages as [[stage]]")
-        return []
+        return [None]
     if not isinstance(tables, list):
         faults.append(f"stage: expected [[stage]] tables, got {tables!r}")
-        return []
+        return [None]
     stages = [_stage(table, f"stage[{index}]", faults) for index, table in enumerate(tables)]
     first: dict[str, int] = {}
     for index, stage in enumerate(stages):
         if stage is None:
             continue
-        if stage.name in first:
+        if stage.name in (*_SECTIONS, "match", "skip", ""):
+            faults.append(f"stage[{index}].name: '{stage.name}' means something else in a recipe; choose another")
+        before = stages[first.setdefault(stage.name, index)]
+        if before is not None and before is not stage and (before.kind != stage.kind or stage.repeatable):
             faults.append(
                 f"stage[{index}].name: '{stage.name}' is stage[{first[stage.name]}]'s name too; give one of them "
                 "another `name`, so that overrides can tell them apart"
             )
-        first.setdefault(stage.name, index)
+    if None not in stages:
+        try:
+            bind([stage for stage in stages if stage is not None])
+        except InputError as error:
+            faults.append(f"stage: {error}")
+            return [*stages, None]  # what does not go together is no ground to judge overrides on
     return stages
 
 
@@ -338,6 +367,10 @@ def _faults_of_override(override: Override, stages: Sequence[AbstractStage | Non
     for stage in stages:
         if stage is None or stage.name not in override.options:
             continue
+        fixed = [key for key in ("kind", "name") if key in override.options[stage.name]]
+        if fixed:
+            faults.append(f"{path}.{stage.name}.{fixed[0]}: a [[layers]] table cannot change a stage's {fixed[0]}")
+            continue
         table = _laid_over(plain_stage(stage), override.options[stage.name], type(stage))
         _stage(table, f"{path}.{stage.name}", faults)
     if not faults and None not in stages:
@@ -359,11 +392,19 @@ def _with_settings(table: Mapping[str, Any], settings: Sequence[str], faults: li
         if not equals or len(keys) < 2 or not all(keys):
             faults.append(f"--set {setting}: expected path=value, such as low_rank.rank=64")
             continue
-        section, rest = _setting_target(result, keys[0]), keys[1:]
-        if section is None:
-            known = ["model", "run", "samples", *_stage_names(result)]
-            faults.append(f"--set {setting}: no section or stage '{keys[0]}'{did_you_mean(keys[0], known)}")
+        targets, rest = _setting_targets(result, keys[0]), keys[1:]
+        if not targets:
+            known = [*_SECTIONS, *_stage_names(result)]
+            faults.append(
+                f"--set {setting}: no section or stage '{keys[0]}'; there are {', '.join(known)}"
+                f"{did_you_mean(keys[0], known)}"
+            )
             continue
+        if len(targets) > 1:
+            named = ", ".join(str(each.get("name", keys[0])) for each in targets)
+            faults.append(f"--set {setting}: {len(targets)} stages are of that kind; use a stage's name: {named}")
+            continue
+        section = targets[0]
         for key in rest[:-1]:
             inner = section.get(key)
             section[key] = dict(inner) if isinstance(inner, Mapping) else {}
@@ -381,23 +422,22 @@ def _stage_tables(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
 
 
-def _setting_target(table: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """The table that a setting's first key means: a section of the recipe, or the stage of that name or kind."""
-    if key in ("model", "run", "samples"):
+def _setting_targets(table: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The tables that a setting's first key may mean: a section, the stage of that name, else those of the kind."""
+    if key in _SECTIONS:
         if not isinstance(table.get(key, {}), Mapping):
-            return None
+            return [{}]  # told as the section's own fault
         table[key] = dict(table.get(key, {}))
-        return cast("dict[str, Any]", table[key])
-    for stage in _stage_tables(table):
-        if key in (stage.get("name"), stage.get("kind")):
-            return stage
-    return None
+        return [table[key]]
+    stages = _stage_tables(table)
+    named = [stage for stage in stages if stage.get("name", stage.get("kind")) == key]
+    return named or [stage for stage in stages if stage.get("kind") == key]
 
 
 def _set_value(section: dict[str, Any], key: str, value: Any) -> None:
     """Set `key`; for a stage, another strategy drops the old options and an alternative its alternatives."""
     changed: dict[str, Any] = {key: value}
-    if "kind" in section:
+    if isinstance(section.get("kind"), str):
         try:
             stage_class = registry.load("loraq.stage", section["kind"])
         except LoraqError:
@@ -408,8 +448,12 @@ def _set_value(section: dict[str, Any], key: str, value: Any) -> None:
 
 
 def toml_value(text: str) -> Any:
-    """A TOML value, or the bare text where it is none: `--set low_rank.strategy=svd` needs no quotes."""
+    """A TOML value, or the bare text where it is none: `--set low_rank.strategy=svd` needs no quotes.
+
+    No option is a date or a time: `--set run.output=2026-01-01` is a folder's name.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
+    return value if isinstance(value, str | int | float | bool | list | dict) else text

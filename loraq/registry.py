@@ -47,6 +47,13 @@ class Offer:
                 f"cannot be imported: {type(error).__name__}: {error}."
             ) from error
 
+    def leads_to(self, target: object) -> bool:
+        """Whether this is an offer of `target`."""
+        try:
+            return self.load() is target
+        except RegistryError:
+            return False
+
 
 @functools.cache
 def _scan(group: str) -> Mapping[str, tuple[Offer, ...]]:
@@ -105,6 +112,9 @@ def name_of(group: str, target: type) -> str:
     path = f"{target.__module__}:{target.__qualname__}"
     for name, found in _scan(group).items():
         if any(each.target == path for each in found):
+            return name
+    for name, found in _scan(group).items():  # an entry point may name the class where a package re-exports it
+        if any(each.leads_to(target) for each in found):
             return name
     raise RegistryError(
         f"{path} is not registered in {group}: a checkpoint could not name it; add an entry point to its distribution."

@@ -86,7 +86,7 @@ class Report:
         """The table and a summary."""
         console.print(layer_table(self.layers))
         if self.skipped:
-            console.print(skipped_line(self.skipped), style="dim", highlight=False)
+            console.print(skipped_line(self.skipped), style="dim", highlight=False, markup=False)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -32,6 +32,8 @@ Scale = Literal["search", "amax"]
 
 FACTORS = tuple(1 - 0.05 * step for step in range(9))
 """What the full search multiplies the largest magnitude by: 1, 0.95, ..., 0.6."""
+WIDE_FACTORS = tuple(1 - 0.05 * step for step in range(17))
+"""The same down to 0.2, for formats of three bits and fewer, whose best limits lie far inside."""
 NEIGHBOURS = (1.0, 0.95, 1.05)
 """What the narrow search multiplies the guessed limit by."""
 LANES = 16
@@ -56,11 +58,12 @@ def searched(values: Tensor, format: AbstractFormat, group: int, guess: Coded | 
     Without `guess` the full search; with it (codes of a matrix close by, same format and group) the neighbours of its
     scales. Formats without integer codes are always searched in full, and those without scales simply rounded.
     """
-    if "scales" not in format.parts(*values.shape, group):
+    rows, columns = values.shape
+    if isinstance(format, formats.FloatFormat) or rows * columns == 0:
         return format.encode(values, group)
-    if not format.integer:
-        guess = None
-    if not _kernel_runs(values, format):
+    if not (
+        isinstance(format, formats.IntegerFormat) and values.device.type == "cpu" and values.dtype == torch.float32
+    ):
         return searched_reference(values, format, group, guess)
     from loraq import rounding_numba  # compiles, or loads what it compiled before: only where it is used
 
@@ -69,12 +72,11 @@ def searched(values: Tensor, format: AbstractFormat, group: int, guess: Coded | 
 
 def searched_reference(values: Tensor, format: AbstractFormat, group: int, guess: Coded | None = None) -> Coded:
     """`searched` in plain torch, for any format and device."""
-    if guess is None:
-        start, factors = formats.largest(values, group), FACTORS
-    else:
+    start, factors = formats.largest(values, group), factors_for(format)
+    if guess is not None and isinstance(format, formats.IntegerFormat):
         guessed = guess.scales.float()
         # An all-zero group has a scale of 0, from which multiplying would never get away.
-        start = torch.where(guessed > 0, guessed * format.limit, formats.largest(values, group))
+        start = torch.where(guessed > 0, guessed * format.limit, start)
         factors = NEIGHBOURS
     best_limits = start
     best_error = torch.full_like(start, torch.inf)
@@ -84,7 +86,17 @@ def searched_reference(values: Tensor, format: AbstractFormat, group: int, guess
         better = error < best_error
         best_limits = torch.where(better, limits, best_limits)
         best_error = torch.where(better, error, best_error)
-    return format.encode(values, group, best_limits, full_range=True)
+    found = format.encode(values, group, best_limits, full_range=True)
+    if isinstance(format, formats.IntegerFormat):
+        return found
+    # Where groups share a second scale (nvfp4, int4x2), the best limits for each need not be the best together.
+    plain = format.encode(values, group)
+    return found if squared_error(values, found).sum() <= squared_error(values, plain).sum() else plain
+
+
+def factors_for(format: AbstractFormat) -> tuple[float, ...]:
+    """What the full search multiplies the largest magnitude by."""
+    return WIDE_FACTORS if format.bits <= 3 else FACTORS
 
 
 def squared_error(values: Tensor, coded: Coded) -> Tensor:
@@ -101,8 +113,3 @@ def squared_error(values: Tensor, coded: Coded) -> Tensor:
         half = sums.shape[2] // 2
         sums = sums[:, :, :half] + sums[:, :, half:]
     return sums[:, :, 0]
-
-
-def _kernel_runs(values: Tensor, format: AbstractFormat) -> bool:
-    """Whether the kernel knows this format and place: it writes int8 codes and bfloat16 scales, on the CPU."""
-    return isinstance(format, formats.IntegerFormat) and values.device.type == "cpu" and values.dtype == torch.float32

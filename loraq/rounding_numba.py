@@ -21,7 +21,7 @@ import numpy
 import torch
 
 from loraq import rounding
-from loraq.contracts import AbstractFormat
+from loraq.formats import IntegerFormat
 from loraq.layer import Coded, groups_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ _NEAREST = numpy.float32(1.5 * 2**23)
 _ZERO = numpy.float32(0)
 _INFINITY = numpy.float32(numpy.inf)
 _LANES = rounding.LANES
-_FULL = numpy.array(rounding.FACTORS, dtype=numpy.float32)
 _NARROW = numpy.array(rounding.NEIGHBOURS, dtype=numpy.float32)
 
 _compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -131,8 +130,8 @@ def _search(values: Array, group: int, top: Any, guessed: Array, factors: Array,
             _codes(part, found, top, codes[row, first:last])
 
 
-def searched(values: Tensor, format: AbstractFormat, group: int, guess: Coded | None) -> Coded:
-    """What `rounding.searched_reference` gives for an integer format, float32 values and the CPU."""
+def searched(values: Tensor, format: IntegerFormat, group: int, guess: Coded | None) -> Coded:
+    """What `rounding.searched_reference` gives for float32 values on the CPU."""
     rows, columns = values.shape
     groups = groups_of(columns, group)
     codes = torch.empty((rows, columns), dtype=torch.int8)
@@ -143,7 +142,7 @@ def searched(values: Tensor, format: AbstractFormat, group: int, guess: Coded | 
         group,
         numpy.float32(format.limit),
         guessed.contiguous().numpy(),
-        _FULL if guess is None else _NARROW,
+        numpy.array(rounding.factors_for(format), dtype=numpy.float32) if guess is None else _NARROW,
         codes.numpy(),
         scales.numpy(),
     )

@@ -21,9 +21,9 @@ import attrs
 import torch
 
 from loraq import registry
-from loraq.checkpoint import ShardWriter, index_text, sync_folder, write_text
+from loraq.checkpoint import ShardWriter, index_text, sync_tree, write_text
 from loraq.errors import CheckpointError, ModelError
-from loraq.journal import Journal, work_folder
+from loraq.journal import Journal, drop_leftovers, work_folder
 from loraq.layer import LayerRecord
 from loraq.match import MatchedLayer
 from loraq.pipeline import Pipeline, QuantizedLayer, quantize_layer, tensor_bytes
@@ -54,19 +54,44 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> Report:
             f"{source.root}: no layer is left to quantize; look at model.skip, model.component and `plan`."
         )
     output = _checked_output(Path(recipe.run.output), source)
-    fingerprint = _fingerprint(recipe, source, device)
-    finished = _finished(output, fingerprint, restart=restart)
-    if finished is None:
-        with Journal(output, fingerprint, restart=restart) as journal:
-            records = _write_components(plan, pipeline, journal, device)
-            report = _report(plan, records, output, time.perf_counter() - started)
-            _write_rest(plan, recipe, report, fingerprint, journal)
-            _replace(output)
-            journal.finish(output)
+    fingerprint = _fingerprint(recipe, plan, device)
+    finished = None if restart else _finished(output, plan, fingerprint)
+    if finished is not None:
+        drop_leftovers(output)
+        report = attrs.evolve(finished, output=recipe.run.output, already_done=True)
     else:
-        report = attrs.evolve(finished, output=str(output), already_done=True)
-        shutil.rmtree(work_folder(output), ignore_errors=True)  # a run killed after its last rename leaves it
+        try:
+            with Journal(output, fingerprint, restart=restart) as journal:
+                _check_room(plan, journal)
+                records = _write_components(plan, pipeline, journal, device)
+                report = _report(plan, records, recipe.run.output, time.perf_counter() - started)
+                _write_rest(plan, recipe, report, fingerprint, journal)
+                journal.finish(output)
+        except OSError as error:
+            raise CheckpointError(
+                f"run.output: {work_folder(output)} cannot be written ({_reason(error)}); mend that, and the same "
+                "command continues."
+            ) from error
     return _with_pictures(report, recipe, source, output)
+
+
+def _reason(error: OSError) -> str:
+    """What the system says, in a few words; shutil.copytree gives a list."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list) and error.args[0]:
+        return str(error.args[0][0][-1])
+    return error.strerror or str(error)
+
+
+def _check_room(plan: Plan, journal: Journal) -> None:
+    """Raise CheckpointError where the disk has no room for what is still to be written."""
+    rest = sum(path.stat().st_size for entry in _other_entries(plan) for path in (entry, *entry.rglob("*")))
+    lying = sum(path.stat().st_blocks * 512 for path in journal.result.rglob("*") if path.is_file())
+    needed, free = plan.written_bytes + rest - lying, shutil.disk_usage(journal.folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"run.output: {journal.folder} needs {needed:,} more bytes, but its disk has {free:,}; free some, or set "
+            "run.output to another disk."
+        )
 
 
 def try_layers(recipe: Recipe, pattern: str) -> Report:
@@ -85,16 +110,16 @@ def try_layers(recipe: Recipe, pattern: str) -> Report:
     if not chosen:
         first = next(iter(plan.layers), None)
         raise ModelError(f"--only {pattern}: no layer matches; the first layer is '{first.name if first else ''}'.")
-    records: dict[str, LayerRecord] = {}
+    records: dict[tuple[str, str], LayerRecord] = {}
     workers = resolved_workers(pipeline.workers, pipeline.threads)
     with Progress("quantizing", sum(layer.out * layer.inn for _, layer in chosen)) as progress:
         fits = in_parallel(
             lambda item: _fit(item[0], item[1], pipeline, device), chosen, workers=workers, threads=pipeline.threads
         )
-        for (_, layer), result in fits:
-            records[layer.name] = result.record
+        for (component, layer), result in fits:
+            records[component.component.name, layer.name] = result.record
             progress.advance(layer.out * layer.inn, layer.name)
-    ordered = tuple(records[layer.name] for _, layer in chosen)
+    ordered = tuple(records[component.component.name, layer.name] for component, layer in chosen)
     return Report(layers=ordered, seconds=time.perf_counter() - started)
 
 
@@ -104,7 +129,7 @@ def _fit(component: ComponentPlan, layer: MatchedLayer, pipeline: Pipeline, devi
 
 
 def _checked_output(output: Path, source: Source) -> Path:
-    """`output`, if it may be written: not the source or a part of it, not somebody's folder."""
+    """`output` with links followed, if it may be written: not the source or a part of it, not somebody's folder."""
     resolved, root = output.resolve(), source.root.resolve()
     if resolved == root or root in resolved.parents or resolved in root.parents:
         raise CheckpointError(f"run.output: {output} and the model's folder {source.root} lie in one another.")
@@ -112,10 +137,12 @@ def _checked_output(output: Path, source: Source) -> Path:
         raise CheckpointError(f"run.output: {output} is not empty and was not made by LoRaQ; choose another folder.")
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"run.output: {output} is a file; choose a folder.")
-    return output
+    if resolved.is_mount() or resolved == Path.cwd():  # the finished folder is renamed to this name
+        raise CheckpointError(f"run.output: {output} is a mount point or the working folder; choose a folder in it.")
+    return resolved
 
 
-def _fingerprint(recipe: Recipe, source: Source, device: torch.device) -> dict[str, Any]:
+def _fingerprint(recipe: Recipe, plan: Plan, device: torch.device) -> dict[str, Any]:
     """What the result's bytes depend on: equal fingerprints, equal bytes."""
     plain = recipe.to_plain()
     judged = {
@@ -129,44 +156,52 @@ def _fingerprint(recipe: Recipe, source: Source, device: torch.device) -> dict[s
     }
     return {
         "recipe": hashlib.sha256(json.dumps(judged, sort_keys=True).encode()).hexdigest(),
-        "model": source.digests(),
-        "versions": versions(recipe),
+        "model": plan.source.digests(),
+        "versions": versions(recipe, plan),
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
     }
 
 
-def versions(recipe: Recipe) -> dict[str, str]:
+def versions(recipe: Recipe, plan: Plan) -> dict[str, str]:
     """The versions of everything that shapes the result: libraries, and each distribution that offers a strategy."""
     found = {name: importlib.metadata.version(name) for name in ("loraq", "torch", "diffusers", "numba")}
-    for stage in recipe.stage:
-        found |= _distribution("loraq.stage", stage.kind)
-        strategy = getattr(stage, "strategy", None)
-        if strategy is not None:
-            found |= _distribution(f"loraq.{stage.kind}", registry.name_of(f"loraq.{stage.kind}", type(strategy)))
+    wanted = {("loraq.stage", stage.kind) for stage in recipe.stage}
+    for layer in plan.layers:
+        bound = layer.recipe
+        strategies = {"main_quantizer": bound.main, "low_rank": bound.low_rank, "branch_quantizer": bound.branch}
+        named = [*strategies.items(), *(("pre_transform", each) for each in bound.transforms)]
+        wanted |= {(f"loraq.{kind}", registry.name_of(f"loraq.{kind}", type(each))) for kind, each in named}
+    for component in plan.components:  # of formats and packings, which a loader needs as well
+        found |= json.loads(component.config_text)["quantization_config"]["plugins"]
+    for group, name in wanted:
+        offer = registry.offer(group, name)
+        found[offer.distribution] = offer.version
     return found
 
 
-def _distribution(group: str, name: str) -> dict[str, str]:
-    offer = registry.offer(group, name)
-    return {offer.distribution: offer.version}
-
-
-def _finished(output: Path, fingerprint: Mapping[str, Any], *, restart: bool) -> Report | None:
+def _finished(output: Path, plan: Plan, fingerprint: Mapping[str, Any]) -> Report | None:
     """The report of a finished output with this fingerprint, None where there is work to do."""
     path = output / PROVENANCE
-    if restart or not path.exists():
+    if not path.exists():
         return None
     try:
         provenance = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); replace the folder with --restart.") from None
-    changed = [key for key in sorted(fingerprint) if provenance.get("fingerprint", {}).get(key) != fingerprint[key]]
+        made = provenance["fingerprint"]
+        report = report_of(provenance)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error!r}); replace the folder with --restart.") from None
+    changed = [key for key in sorted(fingerprint) if made.get(key) != fingerprint[key]]
     if changed:
         raise CheckpointError(
             f"{output} is finished and was made with another {', '.join(changed)}; choose another run.output, or "
             "replace it with --restart."
         )
-    return report_of(provenance)
+    for component in plan.components:
+        for file in component.files:
+            shard = output / component.component.name / file.name
+            if not shard.is_file() or shard.stat().st_size != file.size:
+                raise CheckpointError(f"{shard} is missing or cut off; make the folder anew with --restart.")
+    return report
 
 
 def report_of(provenance: Mapping[str, Any]) -> Report:
@@ -258,13 +293,13 @@ def _copy_kept(component: ComponentPlan, writer: ShardWriter, journal: Journal) 
     journal.add(_unit(component, "kept"), digest.hexdigest(), None)
 
 
-def _report(plan: Plan, records: Mapping[str, Mapping[str, LayerRecord]], output: Path, seconds: float) -> Report:
+def _report(plan: Plan, records: Mapping[str, Mapping[str, LayerRecord]], output: str, seconds: float) -> Report:
     return Report(
         layers=tuple(
             records[component.component.name][layer.name] for component in plan.components for layer in component.layers
         ),
         skipped=tuple(skip for component in plan.components for skip in component.skipped),
-        output=str(output),
+        output=output,
         source_bytes=plan.source_bytes,
         written_bytes=plan.written_bytes,
         seconds=seconds,
@@ -280,15 +315,11 @@ def _write_rest(plan: Plan, recipe: Recipe, report: Report, fingerprint: Mapping
         index = index_text(component.files)
         if index is not None:
             write_text(folder / f"{WEIGHTS_NAME}.index.json", index)
-    if plan.source.is_pipeline:
-        for entry in sorted(plan.source.root.iterdir()):
-            target = journal.result / entry.name
-            if entry.name in quantized or entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                shutil.copytree(entry, target, dirs_exist_ok=True)
-            else:
-                shutil.copy2(entry, target)
+    for entry in _other_entries(plan):
+        if entry.is_dir():
+            shutil.copytree(entry, journal.result / entry.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(entry, journal.result / entry.name)
     provenance = {
         "format_version": 1,
         "fingerprint": fingerprint,
@@ -302,16 +333,16 @@ def _write_rest(plan: Plan, recipe: Recipe, report: Report, fingerprint: Mapping
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_text(journal.result / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
-    sync_folder(journal.result)
+    sync_tree(journal.result)
 
 
-def _replace(output: Path) -> None:
-    """Make way for the result: `--restart` replaces a finished output only now that the new one is whole."""
-    if output.exists():
-        old = output.with_name(f"{output.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        shutil.rmtree(old)
+def _other_entries(plan: Plan) -> list[Path]:
+    """The files and folders of a pipeline that are copied as they are; none of a lone component."""
+    if not plan.source.is_pipeline:
+        return []
+    made = {component.component.name for component in plan.components} | {PROVENANCE, PICTURES}
+    entries = sorted(plan.source.root.iterdir())
+    return [entry for entry in entries if entry.name not in made and not entry.name.startswith(".")]
 
 
 def _with_pictures(report: Report, recipe: Recipe, source: Source, output: Path) -> Report:
@@ -322,5 +353,7 @@ def _with_pictures(report: Report, recipe: Recipe, source: Source, output: Path)
     if not path.exists():
         from loraq.samples import draw_comparison
 
-        draw_comparison(source.root, output, recipe.samples, path, resolved_device(recipe.run.device))
-    return attrs.evolve(report, pictures=str(path))
+        partial = path.with_suffix(f".partial{path.suffix}")
+        draw_comparison(source.root, output, recipe.samples, partial, resolved_device(recipe.run.device))
+        partial.rename(path)
+    return attrs.evolve(report, pictures=str(Path(recipe.run.output) / PICTURES))

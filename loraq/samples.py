@@ -32,8 +32,9 @@ def load_pipeline(folder: Path, device: torch.device) -> Any:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()
+    quiet: tuple[Any, ...] = (diffusers_logging, transformers_logging)  # the latter has no types
+    for library in quiet:
+        library.disable_progress_bar()
     if not (folder / "model_index.json").exists():
         raise ModelError(f"{folder}: there is no model_index.json; pictures need a whole pipeline.")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

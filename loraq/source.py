@@ -31,13 +31,18 @@ DTYPES = {
     "I8": ("int8", 1),
     "F8_E5M2": ("float8_e5m2", 1),
     "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
     "I16": ("int16", 2),
+    "U16": ("uint16", 2),
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
     "I32": ("int32", 4),
+    "U32": ("uint32", 4),
     "F32": ("float32", 4),
+    "C64": ("complex64", 8),
     "F64": ("float64", 8),
     "I64": ("int64", 8),
+    "U64": ("uint64", 8),
 }
 """Safetensors' names of dtypes, with torch's name and the width in bytes, in the order that safetensors sorts by."""
 
@@ -76,9 +81,10 @@ class Component:
         import diffusers
         from accelerate import init_empty_weights
 
-        cls = getattr(diffusers, self.class_name, None)
-        if cls is None or not hasattr(cls, "from_config"):
+        found = getattr(diffusers, self.class_name, None)
+        if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
             raise ModelError(f"{self.folder / 'config.json'}: diffusers has no model class '{self.class_name}'.")
+        cls: Any = found  # diffusers' signatures are partly untyped
         try:
             with init_empty_weights():
                 model: nn.Module = cls.from_config(dict(self.config))
@@ -143,7 +149,11 @@ def open_source(model: ModelSource) -> Source:
             raise ModelError(f"{root} is no diffusers folder: it has neither model_index.json nor config.json.")
         return Source(root, False, (_component("", root),))
     index = _json(index_path)
-    names = [key for key, value in index.items() if isinstance(value, list) and value != [None, None]]
+    parts = {key: value for key, value in index.items() if isinstance(value, list) and value and value[0] is not None}
+    names = list(parts)
+    for name in names:
+        if Path(name).name != name or name in ("", ".."):
+            raise ModelError(f"{index_path}: component name {name!r} leads out of the folder.")
     components = []
     for name in model.component:
         if name not in names:
@@ -152,7 +162,7 @@ def open_source(model: ModelSource) -> Source:
             )
         if not (root / name).is_dir():
             raise ModelError(f"{root}: model_index.json names '{name}', but there is no such folder.")
-        components.append(_component(name, root / name, index[name][0]))
+        components.append(_component(name, root / name, str(parts[name][0])))
     for name in names:
         if not (root / name).is_dir():
             raise ModelError(f"{root}: component '{name}' of model_index.json is missing; the pipeline is incomplete.")
@@ -164,8 +174,8 @@ def _fetched(model: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
 
     assert model.hub is not None
-    endings = ("*.json", "*.safetensors", "*.model", "*.txt")
-    patterns = [folder + ending for folder in ("", "*/") for ending in endings]
+    # Beside the folders of components, repositories hold whole models in single files: tens of gigabytes for nothing.
+    patterns = ["*.json", "*.model", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
     try:
         return Path(snapshot_download(model.hub, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen kinds: no network, no such repository, no permission
@@ -192,8 +202,9 @@ def _component(name: str, folder: Path, library: str = "diffusers") -> Component
             f"model.component: '{name or folder}' is a model of {library}, but only models of diffusers can be packed; "
             "leave it out, it will be copied as it is."
         )
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder}: it is quantized already (by {method}); give the 16-bit model.")
     tensors: dict[str, TensorSpec] = {}
     places: dict[str, Path] = {}
@@ -213,11 +224,11 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         weight_map = _json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index}: it has no weight_map.")
-        shards = sorted(set(weight_map.values()))
+        shards = sorted({str(shard) for shard in weight_map.values()})
         for shard in shards:
-            if Path(shard).name != shard:
+            if Path(shard).name != shard or shard in ("", ".."):
                 raise ModelError(f"{index}: shard name {shard!r} leads out of the folder.")
-            if not (folder / shard).exists():
+            if not (folder / shard).is_file():
                 raise ModelError(f"{folder}: shard {shard} of {index.name} is missing.")
         return tuple(folder / shard for shard in shards)
     if (folder / WEIGHTS_NAME).exists():
@@ -242,6 +253,8 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
             for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
                 view = file.get_slice(name)
                 specs[name] = TensorSpec(str(view.get_dtype()), tuple(view.get_shape()))
+                if specs[name].dtype not in DTYPES:
+                    raise ModelError(f"{path}: '{name}' is of dtype {specs[name].dtype}, which LoRaQ does not know.")
             return specs
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: it is truncated or no safetensors file ({error}); fetch or copy it again.") from None

@@ -87,6 +87,25 @@ def _strings(value: object, kind: Any) -> tuple[str, ...]:
     return tuple(items)
 
 
+def _table(value: object, kind: Any) -> dict[str, Any]:
+    """A table that JSON can hold as well, as loraq.json will: TOML's dates and times are refused."""
+    del kind
+    if not isinstance(value, Mapping):
+        raise InputError(f"expected a table, got {value!r}")
+    odd = [key for key, each in value.items() if not _is_plain(each)]
+    if odd:
+        raise InputError(f"'{odd[0]}' must be text, a number, true or false, an array or a table, got {value[odd[0]]}")
+    return dict(value)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(each) for each in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(each) for each in value)
+    return isinstance(value, str | int | float | bool)
+
+
 def _format(value: object, kind: Any) -> AbstractFormat:
     del kind
     if not isinstance(value, str | AbstractFormat):
@@ -112,6 +131,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook_func(lambda kind: origin(kind) is Literal, _exact)
     converter.register_structure_hook_func(lambda kind: origin(kind) in (Union, types.UnionType), _one_of)
     converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _strings)
+    converter.register_structure_hook_func(lambda kind: kind == dict[str, Any], _table)
 
     def attrs_hook(cls: type) -> Any:
         attrs.resolve_types(cls)
@@ -173,7 +193,7 @@ def _sentences(error: BaseException, path: str, cls: type) -> Iterator[str]:
             yield from _sentences(inner, f"{path}[{index.index}]", cls)
     elif isinstance(error, ForbiddenExtraKeysError):
         for key in sorted(error.extra_fields):
-            yield f"{path}: {unknown_key(key, keys_of(error.cl), error.cl.__name__)}"
+            yield f"{path}.{key}: {unknown_key(key, keys_of(error.cl), path)}"
     elif isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from _sentences(inner, path, cls)

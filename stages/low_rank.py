@@ -31,13 +31,13 @@ class LowRankStage(AbstractStage):
     budget: int | str | None = None
     """Bound on the branch's stored bytes: a number, or "rank32@16" for as many as a rank-32 branch of 16 bits takes."""
 
-    def bind(self, recipe: LayerRecipe) -> LayerRecipe:
+    def __attrs_post_init__(self) -> None:
         if not self.strategy.has_branch:
             if self.rank is not None or self.budget is not None:
                 raise InputError(
                     f"'{self.name}' makes no branch, so it takes neither 'rank' nor 'budget'; leave it out"
                 )
-            return attrs.evolve(recipe, low_rank=self.strategy, rank=0, budget=None)
+            return
         if (self.rank is None) == (self.budget is None):
             found = "neither" if self.rank is None else "both"
             raise InputError(f"'{self.name}' needs either 'rank' or 'budget', got {found}")
@@ -47,4 +47,6 @@ class LowRankStage(AbstractStage):
             )
         if self.budget is not None:
             budget_bytes(self.budget, out=1, inn=1)  # refuses a malformed budget here rather than at the first layer
+
+    def bind(self, recipe: LayerRecipe) -> LayerRecipe:
         return attrs.evolve(recipe, low_rank=self.strategy, rank=self.rank, budget=self.budget)

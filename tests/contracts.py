@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import attrs
 import torch
-from matrices import context, seeded, trained
 
 from loraq.contracts import (
     AbstractFormat,
@@ -21,6 +20,7 @@ from loraq.contracts import (
 from loraq.layer import Part
 from loraq.layout import Layout
 from loraq.pipeline import LayerRecipe
+from matrices import context, seeded, trained
 
 SHAPES = ((1, 1), (3, 5), (16, 64), (65, 130), (64, 200))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contracts
 import pytest
 
+import contracts
 from loraq import registry
 
 QUANTIZERS = [

@@ -88,7 +88,7 @@ def test_half_a_step(values: Tensor, format: formats.IntegerFormat, group: int, 
     assert (off[inside] <= steps.double()[inside] * 0.500001).all()
 
 
-@pytest.mark.parametrize("format", INTEGERS, ids=lambda format: format.name)
+@pytest.mark.parametrize("format", INTEGERS, ids=lambda each: each.name)
 def test_a_guess_finds_the_same_neighbourhood(format: formats.IntegerFormat) -> None:
     """From its own answer the narrow search never gets worse."""
     values = torch.randn(32, 256, generator=torch.Generator().manual_seed(1))

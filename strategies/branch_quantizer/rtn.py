@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import attrs
 
 from loraq import formats, rounding
-from loraq.activation import Activation, activation as as_activation, group_validator
+from loraq.activation import Activation, group_validator
+from loraq.activation import activation as as_activation
 from loraq.contracts import AbstractFormat, AbstractQuantizer
 from loraq.layer import Coded, LayerContext
 
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 class Rtn(AbstractQuantizer):
     """Rounds both factors of the branch to the nearest point of each group's grid."""
 
-    weight: AbstractFormat = attrs.field(default="int8", converter=formats.named)
+    weight: AbstractFormat = attrs.field(default=formats.INT8, converter=formats.named)
     """Format of the factors's codes."""
-    activation: Activation = attrs.field(default="int8", converter=as_activation)
+    activation: Activation = attrs.field(default=Activation(formats.INT8), converter=as_activation)
     """How the inputs of both products are rounded at run time: a format's name, {format, group} or "none"."""
     group: int | Literal["row"] = attrs.field(default=64, validator=group_validator("row"))
     """How many neighbouring columns share a scale; "row" gives each row one."""
@@ -40,7 +41,7 @@ class Rtn(AbstractQuantizer):
         return self.weight
 
     def group_for(self, columns: int) -> int:
-        return max(1, columns) if self.group == "row" else self.group
+        return formats.group_within(self.weight, self.group, columns)
 
     def encode(self, weight: Tensor, context: LayerContext) -> Coded:
         del context  # rounding to nearest looks at nothing but the weight

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import attrs
 
 from loraq import formats, rounding
-from loraq.activation import Activation, activation as as_activation, group_validator
+from loraq.activation import Activation, group_validator
+from loraq.activation import activation as as_activation
 from loraq.contracts import AbstractFormat, AbstractQuantizer
 from loraq.layer import Coded, LayerContext
 
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 class Rtn(AbstractQuantizer):
     """Rounds the weight to the nearest point of each group's grid."""
 
-    weight: AbstractFormat = attrs.field(default="int4", converter=formats.named)
+    weight: AbstractFormat = attrs.field(default=formats.INT4, converter=formats.named)
     """Format of the weight's codes."""
-    activation: Activation = attrs.field(default="int4", converter=as_activation)
+    activation: Activation = attrs.field(default=Activation(formats.INT4), converter=as_activation)
     """How the layer's input is rounded at run time: a format's name, {format, group} or "none"."""
     group: int | Literal["row"] = attrs.field(default=64, validator=group_validator("row"))
     """How many neighbouring columns share a scale; "row" gives each row one."""
@@ -38,7 +39,7 @@ class Rtn(AbstractQuantizer):
         return self.weight
 
     def group_for(self, columns: int) -> int:
-        return max(1, columns) if self.group == "row" else self.group
+        return formats.group_within(self.weight, self.group, columns)
 
     def encode(self, weight: Tensor, context: LayerContext) -> Coded:
         del context  # rounding to nearest looks at nothing but the weight

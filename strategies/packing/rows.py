@@ -10,6 +10,7 @@ integers of the same width, bit for bit, because loaders cast floating point ten
     int4 codes      int8 (rows, columns)   uint8 (rows, ceil(columns / 2))
     int6 codes      int8 (rows, columns)   uint8 (rows, 3 * ceil(columns / 4))
     int8 codes      int8 (rows, columns)   int8  (rows, columns)
+    ternary codes   int8 (rows, columns)   uint8 (rows, ceil(columns / 5)), code + 1 as digits of base 3, first lowest
     scales          bfloat16 (rows, g)     int16 (rows, g)
 
 No kernel reads this layout fast; a backend repacks at load for itself.
@@ -33,6 +34,8 @@ else:
     from loraq.lazy import torch
 
 _WIDTHS = {"float32": 32, "int32": 32, "float16": 16, "bfloat16": 16, "int16": 16}
+_TRITS = (5, 1)
+"""Five ternary codes a byte: 3^5 = 243."""
 _SAME_WIDTH = {32: "int32", 16: "int16", 8: "uint8"}
 
 
@@ -42,16 +45,20 @@ class Rows(AbstractPacking):
 
     def stored(self, part: Part) -> Stored:
         if _narrow(part):
-            codes, size = _period(part.bits)
+            codes, size = _TRITS if part.levels == 3 else _period(part.bits)
             return Stored((*part.shape[:-1], size * math.ceil(part.shape[-1] / codes)), "uint8")
         return Stored(part.shape, _stored_dtype(part))
 
     def pack(self, tensor: Tensor, part: Part) -> Tensor:
+        if part.levels == 3:
+            return _pack_trits(tensor)
         if _narrow(part):
             return _pack_bits(tensor, part.bits)
         return tensor.contiguous().view(getattr(torch, _stored_dtype(part)))
 
     def unpack(self, stored: Tensor, part: Part) -> Tensor:
+        if part.levels == 3:
+            return _unpack_trits(stored, part)
         if _narrow(part):
             return _unpack_bits(stored, part)
         return stored.view(getattr(torch, part.dtype))
@@ -97,3 +104,18 @@ def _unpack_bits(stored: Tensor, part: Part) -> Tensor:
     if part.dtype == "int8":  # two's complement: the top bit counts negative
         codes = codes - ((codes >> (bits - 1)) << bits)
     return codes.to(getattr(torch, part.dtype)).contiguous()
+
+
+def _pack_trits(codes: Tensor) -> Tensor:
+    """(..., columns) codes -1, 0, 1 to (..., bytes) uint8; the padding is zero codes."""
+    per_word, _ = _TRITS
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_word))
+    digits = (codes.to(torch.int32) + 1).reshape(*codes.shape[:-1], -1, per_word)
+    return (digits * 3 ** torch.arange(per_word, device=codes.device, dtype=torch.int32)).sum(dim=-1).to(torch.uint8)
+
+
+def _unpack_trits(stored: Tensor, part: Part) -> Tensor:
+    """(..., bytes) uint8 to the codes of `part`."""
+    powers = 3 ** torch.arange(_TRITS[0], device=stored.device, dtype=torch.int32)
+    digits = (stored.to(torch.int32).unsqueeze(-1) // powers) % 3 - 1
+    return digits.reshape(*stored.shape[:-1], -1)[..., : part.shape[-1]].to(torch.int8).contiguous()

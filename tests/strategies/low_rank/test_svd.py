@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from loraq import factors
-from loraq.layer import LayerContext
 from loraq.strategies.branch_quantizer.none import SixteenBit
 from loraq.strategies.branch_quantizer.rtn import Rtn as BranchRtn
 from loraq.strategies.low_rank.none import NoBranch
 from loraq.strategies.low_rank.svd import Svd
 from loraq.strategies.main_quantizer.rtn import Rtn
+
+from loraq import factors
+from loraq.layer import LayerContext
 
 MAIN = Rtn()
 SHAPES = ((1, 1), (3, 5), (5, 3), (1, 70), (65, 130))
@@ -46,6 +46,15 @@ def test_more_columns_than_the_rank_of_the_weight_are_zero() -> None:
     up, down = factors.truncated_svd(torch.ones(6, 4), 3)
     assert torch.allclose(up @ down, torch.ones(6, 4))
     assert float(up[:, 1:].abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)], ids=str)
+def test_a_rank_above_the_smaller_side_is_filled_up(shape: tuple[int, int]) -> None:
+    """The factors have the rank that was asked for, and give the weight itself."""
+    values = matrix(*shape)
+    up, down = factors.truncated_svd(values, 9)
+    assert (up.shape, down.shape) == ((shape[0], 9), (9, shape[1]))
+    assert torch.allclose(up @ down, values, atol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
-from loraq import formats, rounding
-from loraq.layer import LayerContext
 from loraq.strategies.branch_quantizer.none import SixteenBit
 from loraq.strategies.branch_quantizer.rtn import Rtn as BranchRtn
 from loraq.strategies.main_quantizer.rtn import Rtn
+
+from loraq import formats, rounding
+from loraq.layer import LayerContext
 
 WEIGHT = torch.randn(65, 130, generator=torch.Generator().manual_seed(0))
 CONTEXT = LayerContext("layer", torch.Generator())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loraq.strategies.packing.rows import Rows
 
 from loraq.layer import Part
-from loraq.strategies.packing.rows import Rows
 
 ROWS = Rows()
 

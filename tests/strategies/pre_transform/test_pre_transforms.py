@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrices import context, seeded, trained
-
 from loraq.strategies.pre_transform.hadamard import Hadamard
 from loraq.strategies.pre_transform.smooth import Smooth
+
+from matrices import context, seeded, trained
 
 REAL = [(1152, 1152), (4608, 1152), (1152, 4608), (2240, 2240), (64, 5600), (3072, 3072), (768, 3072)]
 """(out, inn) of PixArt-Sigma, SANA and FLUX layers."""

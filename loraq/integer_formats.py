@@ -1,0 +1,184 @@
+"""Integer formats beyond the symmetric ones: with a zero point, ternary, and with two levels of scales.
+
+- int4_asymmetric and its kin: codes 0 .. 2^bits - 1, a bfloat16 scale and a zero point of `bits` bits a group.
+- ternary: {-1, 0, 1}, five a byte, a bfloat16 scale a group.
+- int4x2: int4 codes times a small integer a group, times a bfloat16 scale a row. The product of code and small integer
+  fits int8, so that an integer kernel sums over the whole row; one scale a token is the activations' fitting kind
+  (after QServe, arXiv 2405.04532).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from loraq.contracts import AbstractFormat
+from loraq.formats import divided, grouped, largest, ungrouped
+from loraq.layer import Coded, Part, groups_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from loraq.lazy import torch
+
+_LARGEST_MULTIPLIER = 15
+"""int4x2: -8 times this is -120, which fits int8; 7 times it is 105."""
+
+
+@attrs.frozen
+class AsymmetricFormat(AbstractFormat):
+    """Unsigned codes with a zero point: value = (code - zero) * scale, the group's range from its least to its largest.
+
+    The range always holds 0, so that 0 is exact and the zero point fits the codes' width. `limits` shrinks the range
+    around 0 by its ratio to the largest magnitude.
+    """
+
+    name: str
+    bits: int
+
+    @property
+    def integer(self) -> bool:
+        return True
+
+    @property
+    def block(self) -> int | None:
+        return None
+
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        groups = groups_of(columns, group)
+        return {
+            "codes": Part.codes(rows, columns, self.bits, signed=False),
+            "scales": Part((rows, groups), "bfloat16", 16),
+            "zeros": Part.codes(rows, groups, self.bits, signed=False),
+        }
+
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        del full_range  # every code is in use
+        rows, columns = values.shape
+        parted = grouped(values, group)
+        low, high = parted.amin(dim=-1).clamp(max=0), parted.amax(dim=-1).clamp(min=0)
+        if limits is not None:
+            reached = torch.maximum(-low, high)
+            share = torch.where(reached > 0, limits / torch.where(reached > 0, reached, 1.0), 1.0)
+            low, high = low * share, high * share
+        top = 2**self.bits - 1
+        scales = ((high / top) - (low / top)).to(torch.bfloat16)
+        zeros = divided(-low, scales.float(), 1).squeeze(-1).round().clamp(0, top)
+        codes = divided(values, scales.float(), group).round_().add_(zeros.unsqueeze(-1)).clamp_(0, top)
+        parts = {
+            "codes": ungrouped(codes.to(torch.uint8), columns).contiguous(),
+            "scales": scales,
+            "zeros": zeros.to(torch.uint8),
+        }
+        return Coded(self, (rows, columns), group, parts)
+
+    def decode(self, coded: Coded) -> Tensor:
+        integers, scales, group = self.integer_view(coded)
+        return ungrouped(grouped(integers.float(), group) * scales.unsqueeze(-1), coded.shape[1]).contiguous()
+
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        kind = torch.int8 if self.bits < 8 else torch.int16
+        zeros = coded.parts["zeros"].to(kind).repeat_interleave(coded.group, dim=1)[:, : coded.shape[1]]
+        return coded.codes.to(kind) - zeros, coded.scales.float(), coded.group
+
+
+@attrs.frozen
+class TernaryFormat(AbstractFormat):
+    """{-1, 0, 1} times a bfloat16 scale a group: the mean magnitude, as TerDiT has it, unless `limits` says otherwise."""
+
+    name: str
+
+    @property
+    def bits(self) -> int:
+        return 2
+
+    @property
+    def integer(self) -> bool:
+        return True
+
+    @property
+    def block(self) -> int | None:
+        return None
+
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        codes = Part((rows, columns), "int8", 2, levels=3)
+        return {"codes": codes, "scales": Part((rows, groups_of(columns, group)), "bfloat16", 16)}
+
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        del full_range  # there are three codes
+        rows, columns = values.shape
+        if limits is None:
+            present = grouped(torch.ones_like(values), group).sum(dim=-1)  # padding does not count
+            limits = grouped(values, group).abs().sum(dim=-1) / present
+        scales = limits.to(torch.bfloat16)
+        codes = divided(values, scales.float(), group).round_().clamp_(-1, 1).to(torch.int8)
+        return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
+
+    def decode(self, coded: Coded) -> Tensor:
+        scaled = grouped(coded.codes.float(), coded.group) * coded.scales.float().unsqueeze(-1)
+        return ungrouped(scaled, coded.shape[1]).contiguous()
+
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        return coded.codes, coded.scales.float(), coded.group
+
+
+@attrs.frozen
+class TwoLevelIntegerFormat(AbstractFormat):
+    """int4 codes times an integer from 0 to 15 a group times a bfloat16 scale a row."""
+
+    name: str
+
+    @property
+    def bits(self) -> int:
+        return 4
+
+    @property
+    def integer(self) -> bool:
+        return True
+
+    @property
+    def block(self) -> int | None:
+        return None
+
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        return {
+            "codes": Part.codes(rows, columns, 4),
+            "multipliers": Part((rows, groups_of(columns, group)), "uint8", 8),
+            "row_scales": Part((rows, 1), "bfloat16", 16),
+        }
+
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        rows, columns = values.shape
+        reached = largest(values, group) if limits is None else limits
+        wanted = reached / 7
+        row_scales = (wanted.amax(dim=1, keepdim=True) / _LARGEST_MULTIPLIER).to(torch.bfloat16)
+        multipliers = divided(wanted, row_scales.float(), wanted.shape[1]).squeeze(1)
+        # A group that is not all zeros has at least 1, or it would vanish.
+        multipliers = torch.where(reached > 0, multipliers.round().clamp(1, _LARGEST_MULTIPLIER), 0)
+        codes = divided(values, multipliers * row_scales.float(), group).round().clamp(-8 if full_range else -7, 7)
+        parts = {
+            "codes": ungrouped(codes.to(torch.int8), columns).contiguous(),
+            "multipliers": multipliers.to(torch.uint8),
+            "row_scales": row_scales,
+        }
+        return Coded(self, (rows, columns), group, parts)
+
+    def decode(self, coded: Coded) -> Tensor:
+        integers, scales, _ = self.integer_view(coded)
+        return integers.float() * scales
+
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        multipliers = coded.parts["multipliers"].to(torch.int8)
+        integers = coded.codes * multipliers.repeat_interleave(coded.group, dim=1)[:, : coded.shape[1]]
+        return integers, coded.parts["row_scales"].float(), max(1, coded.shape[1])
+
+
+INT2_ASYMMETRIC = AsymmetricFormat("int2_asymmetric", 2)
+INT3_ASYMMETRIC = AsymmetricFormat("int3_asymmetric", 3)
+INT4_ASYMMETRIC = AsymmetricFormat("int4_asymmetric", 4)
+INT6_ASYMMETRIC = AsymmetricFormat("int6_asymmetric", 6)
+INT8_ASYMMETRIC = AsymmetricFormat("int8_asymmetric", 8)
+TERNARY = TernaryFormat("ternary")
+INT4X2 = TwoLevelIntegerFormat("int4x2")
