@@ -303,7 +303,13 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, required=True, help="What to draw; may be given several times.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("picture.png"), show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Seed of the first picture; each further one has the next.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**62),
+    default=0,
+    show_default=True,
+    help="Seed of the first picture; each further one has the next.",
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--call", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the pipeline's call.")
 def generate(

@@ -1,7 +1,7 @@
 """Small floating point formats: FP8, the OCP Microscaling (MX) family, and NVFP4.
 
-A grid is data: exponent and mantissa widths, and how many codes at the top are not numbers. Its codes are IEEE-like (sign,
-exponent, mantissa), so that ordered codes are ordered magnitudes. Three kinds of scale go with the grids:
+A grid is data: exponent and mantissa widths, and how many codes at the top are not numbers. Its codes are IEEE-like
+(sign, exponent, mantissa), so that ordered codes are ordered magnitudes. Three kinds of scale go with the grids:
 
     fp8_e4m3, fp8_e5m2                 bfloat16 a group        limit / top, as the integers have it
     mxfp8, mxfp6_*, mxfp4, mxint*      E8M0 a block of 32      2^(floor(log2 limit) - emax), the OCP rule; it saturates

@@ -86,7 +86,7 @@ class AsymmetricFormat(AbstractFormat):
 
 @attrs.frozen
 class TernaryFormat(AbstractFormat):
-    """{-1, 0, 1} times a bfloat16 scale a group: the mean magnitude, as TerDiT has it, unless `limits` says otherwise."""
+    """{-1, 0, 1} times a bfloat16 scale a group: its mean magnitude, as TerDiT has it, unless `limits` are given."""
 
     name: str
 

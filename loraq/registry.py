@@ -16,6 +16,7 @@ make a recipe mean different things on different machines.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 
 import attrs
@@ -62,10 +63,11 @@ def _scan(group: str) -> Mapping[str, tuple[Offer, ...]]:
     for entry_point in entrypoints.get_group_all(group):
         distribution = entry_point.distro
         name, version = (distribution.name, distribution.version) if distribution else ("unknown", "?")
+        name = re.sub("[-_.]+", "-", name).lower()  # a folder's name has "_" where the distribution's may have "-"
         target = f"{entry_point.module_name}:{entry_point.object_name}"
         offer = Offer(group, entry_point.name, target, name, version, entry_point)
         # One distribution may be seen twice (an egg-info folder beside its dist-info): the same offer, not a conflict.
-        found.setdefault(entry_point.name, {}).setdefault((name.replace("_", "-").lower(), target), offer)
+        found.setdefault(entry_point.name, {}).setdefault((name, target), offer)
     return {name: tuple(offers.values()) for name, offers in sorted(found.items())}
 
 

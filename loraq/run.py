@@ -13,7 +13,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from loraq.source import WEIGHTS_NAME, Source, open_source
 
 PROVENANCE = "loraq.json"
 PICTURES = "samples.png"
+_KEPT = "(kept)"
+"""The journal's unit of the tensors that are only copied; no layer is called so."""
 
 
 def run_recipe(recipe: Recipe, *, restart: bool = False) -> Report:
@@ -227,7 +229,7 @@ def _write_components(
         name = component.component.name
         with ShardWriter(journal.result / name, component.files) as writer:
             found = records.setdefault(name, _taken_up(component, writer, journal))
-            if _unit(component, "kept") not in journal.entries:
+            if _unit(component, _KEPT) not in journal.entries:
                 _copy_kept(component, writer, journal)
             waiting = [layer for layer in component.layers if layer.name not in found]
             # Largest first: the last fits in flight are short, and the workers end together.
@@ -239,7 +241,8 @@ def _write_components(
                 result = _fit(component, layer, pipeline, device)
                 tensors = {f"{layer.name}.{key}": tensor_bytes(tensor) for key, tensor in result.tensors.items()}
                 writer.write(tensors)
-                journal.add(_unit(component, layer.name), _digest(tensors), attrs.asdict(result.record))
+                digest = _digest(sorted(tensors.items()))
+                journal.add(_unit(component, layer.name), digest, attrs.asdict(result.record))
                 return result.record
 
             total = sum(layer.out * layer.inn for layer in component.layers)
@@ -256,18 +259,19 @@ def _unit(component: ComponentPlan, name: str) -> str:
     return f"{component.component.name}:{name}"
 
 
-def _digest(tensors: Mapping[str, bytes | memoryview]) -> str:
+def _digest(tensors: Iterable[tuple[str, bytes | memoryview]]) -> str:
+    """The digest of tensors that come one at a time, in order of their names."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name, data in tensors:
         digest.update(name.encode())
-        digest.update(tensors[name])
+        digest.update(data)
     return digest.hexdigest()
 
 
 def _taken_up(component: ComponentPlan, writer: ShardWriter, journal: Journal) -> dict[str, LayerRecord]:
     """The layers that the journal calls written and whose bytes are still what they were; the others are forgotten."""
     records: dict[str, LayerRecord] = {}
-    units = {"kept": component.kept}
+    units = {_KEPT: component.kept}
     units |= {
         layer.name: tuple(f"{layer.name}.{stored}" for stored in layer.layout.stored()) for layer in component.layers
     }
@@ -275,7 +279,7 @@ def _taken_up(component: ComponentPlan, writer: ShardWriter, journal: Journal) -
         entry = journal.entries.get(_unit(component, name))
         if entry is None:
             continue
-        if _digest({tensor: writer.read(tensor) for tensor in tensors}) != entry["digest"]:
+        if _digest((tensor, writer.read(tensor)) for tensor in sorted(tensors)) != entry["digest"]:
             del journal.entries[_unit(component, name)]
         elif entry["record"] is not None:
             records[name] = _record(entry["record"])
@@ -284,13 +288,14 @@ def _taken_up(component: ComponentPlan, writer: ShardWriter, journal: Journal) -
 
 def _copy_kept(component: ComponentPlan, writer: ShardWriter, journal: Journal) -> None:
     """The tensors that stay as they are, bit for bit, one at a time."""
-    digest = hashlib.sha256()
-    for name in sorted(component.kept):
-        data = tensor_bytes(component.component.read(name))
-        writer.write({name: data})
-        digest.update(name.encode())
-        digest.update(data)
-    journal.add(_unit(component, "kept"), digest.hexdigest(), None)
+
+    def copied() -> Iterator[tuple[str, memoryview]]:
+        for name in sorted(component.kept):
+            data = tensor_bytes(component.component.read(name))
+            writer.write({name: data})
+            yield name, data
+
+    journal.add(_unit(component, _KEPT), _digest(copied()), None)
 
 
 def _report(plan: Plan, records: Mapping[str, Mapping[str, LayerRecord]], output: str, seconds: float) -> Report:

@@ -7,6 +7,7 @@ prompt and seed give both models the same noise, on any device.
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import loraq  # noqa: F401  # lets diffusers load packed models
-from loraq.errors import InputError, ModelError
+from loraq.errors import InputError, ModelError, did_you_mean
 from loraq.progress import Progress
 from loraq.recipe import Samples
 
@@ -40,7 +41,7 @@ def load_pipeline(folder: Path, device: torch.device) -> Any:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         load: Any = DiffusionPipeline.from_pretrained  # diffusers' signatures are partly untyped
-        pipeline = load(folder, torch_dtype=dtype, local_files_only=True)
+        pipeline = load(folder, dtype=dtype, local_files_only=True, use_safetensors=True)  # no pickle is read
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: the pipeline cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -49,14 +50,18 @@ def load_pipeline(folder: Path, device: torch.device) -> Any:
 
 def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, Any], title: str) -> list[Image.Image]:
     """A picture for each prompt; the first has `seed`, each further one the next. Raises InputError for a bad call."""
+    known = list(inspect.signature(type(pipeline).__call__).parameters)
+    for name in call:
+        if name not in known:  # some pipelines take any argument and drop it silently
+            raise InputError(f"samples.call: {type(pipeline).__name__} takes no '{name}'{did_you_mean(name, known)}")
     pictures = []
     with Progress(title, len(prompts)) as progress:
         for place, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + place)
             try:
                 found = pipeline(prompt, generator=generator, **call)
-            except TypeError as error:
-                raise InputError(f"samples.call: {type(pipeline).__name__} does not take it: {error}.") from error
+            except (TypeError, ValueError) as error:
+                raise InputError(f"samples.call: {type(pipeline).__name__} does not take it: {error}") from error
             pictures.append(found.images[0])
             progress.advance(1, prompt)
     return pictures

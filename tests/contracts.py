@@ -1,7 +1,7 @@
 """One suite a contract, run against every registered strategy by test_contracts.py.
 
-A strategy's author calls the suite of the contract it implements: `quantizer(MyQuantizer())` raises AssertionError where
-a promise of loraq/contracts.py is broken.
+A strategy's author calls the suite of the contract it implements: `quantizer(MyQuantizer())` raises AssertionError
+where a promise of loraq/contracts.py is broken.
 """
 
 from __future__ import annotations

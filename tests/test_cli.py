@@ -193,7 +193,7 @@ def test_list_shows_what_a_kind_offers_and_a_strategys_options() -> None:
         (("generate", "{home}/out", "--prompt", "a", "--device", "gpu"), "device 'gpu' is not to be had here ("),
         (
             ("generate", "{home}/out", "--prompt", "a", "--call", "hight=3"),
-            "samples.call: PixArtSigmaPipeline ",
+            "samples.call: PixArtSigmaPipeline takes",
         ),
     ],
 )

@@ -1,6 +1,6 @@
 """A third party's distribution: the NF4 format, a main quantizer that uses it, and a stage of its own.
 
-NF4's sixteen values are the quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E).
+NF4's sixteen values are quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E).
 """
 
 from __future__ import annotations
