@@ -264,23 +264,22 @@ def _list_options(kind: str, name: str, as_json: bool) -> None:
     if not isinstance(target, type) or not attrs.has(target):
         click.echo(f"{kind} {name}: {target!r}")
         return
-    from loraq.structure import plain
+    from loraq.structure import options_of
 
-    options = []
-    for field in attrs.fields(target):
-        default = None if field.default is attrs.NOTHING else field.default
-        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]  # Factory is a class at run time
-            default = default.factory()  # type: ignore[union-attr]
-        if field.converter is not None and default is not None:
-            default = field.converter(default)
-        options.append({"option": field.name, "default": plain(default), "required": field.default is attrs.NOTHING})
+    options = options_of(target)
+    if kind in registry.names("loraq.stage"):  # the stage's own options stand in the same table of a recipe
+        stage = registry.load("loraq.stage", kind)
+        shared = [each for each in options_of(stage) if each["option"] not in ("strategy", "name")]  # type: ignore[arg-type]
+        if getattr(target, "has_branch", True):
+            options += shared
     if as_json:
         _print_json(options)
         return
     click.echo(f"{kind} {name}: {(target.__doc__ or '').strip()}\n")
     for option in options:
-        default = "required" if option["required"] else json.dumps(option["default"], default=str)
-        click.echo(f"  {option['option']} = {default}")
+        default = "(required)" if option["required"] else json.dumps(option["default"])
+        default = "(not set)" if default == "null" else default
+        click.echo(f"  {option['option']} = {default}" + (f"\n      {option['what']}" if option["what"] else ""))
     if not options:
         click.echo("  no options")
 

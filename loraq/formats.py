@@ -29,6 +29,7 @@ else:
 def grouped(values: Tensor, group: int) -> Tensor:
     """(rows, groups, group) from (rows, columns), the last group filled up with zeros."""
     rows, columns = values.shape
+    group = min(group, max(1, columns))  # a group wider than the row is the row
     groups = groups_of(columns, group)
     if groups * group != columns:
         values = torch.nn.functional.pad(values, (0, groups * group - columns))

@@ -113,7 +113,7 @@ def _reason_to_skip(
 ) -> str | None:
     """Why a layer stays as it is, None where nothing speaks against quantizing it."""
     if weight is None:
-        return f"a {type(child).__name__}, not a linear layer"
+        return f"parameters of {type(child).__name__}, which is no linear layer"
     if pattern := _matching(name, pipeline.skip):
         return f"model.skip has '{pattern}'"
     if _matching(name, pipeline.keep):

@@ -8,6 +8,10 @@ hooks refuse what is not of the annotated type, and its error tree is turned int
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
+import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
@@ -166,6 +170,45 @@ def structure(table: Mapping[str, Any], cls: type, path: str, faults: list[str])
     except Exception as error:  # cattrs groups whatever hooks, validators and constructors raise
         faults.extend(_sentences(error, path, cls))
         return None
+
+
+def options_of(cls: type) -> list[dict[str, Any]]:
+    """The options of an attrs class, for people: name, default, whether it is required, and what its docstring says."""
+    told = _field_docstrings(cls)
+    fields: tuple[attrs.Attribute[Any], ...] = attrs.fields(cls)
+    options = []
+    for field in fields:
+        default: Any = field.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]  # a class at run time
+            default = default.factory()
+        required = default is attrs.NOTHING
+        if field.converter is not None and not required and default is not None:
+            convert: Callable[[Any], Any] = field.converter  # type: ignore[assignment]  # attrs knows a second form
+            default = convert(default)
+        options.append(
+            {
+                "option": field.name,
+                "default": None if required else plain(default),
+                "required": required,
+                "what": told.get(field.name, ""),
+            }
+        )
+    return options
+
+
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """The string that stands below each field in the class's source; nothing where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    found = {}
+    for field, below in itertools.pairwise(body):
+        named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if named and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            found[field.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
+    return found
 
 
 def keys_of(cls: type) -> list[str]:

@@ -19,7 +19,6 @@ from loraq.contracts import (
 )
 from loraq.layer import Part
 from loraq.layout import Layout
-from loraq.pipeline import LayerRecipe
 from matrices import context, seeded, trained
 
 SHAPES = ((1, 1), (3, 5), (16, 64), (65, 130), (64, 200))
@@ -150,15 +149,37 @@ def _random(part: Part) -> torch.Tensor:
     return torch.randint(low, low + 2**part.bits, part.shape, generator=generator).to(dtype)
 
 
-def kernel(backend: AbstractKernel, recipe: LayerRecipe, tensors: dict[str, torch.Tensor], layout: Layout) -> None:
-    """A backend computes what the reference computes, to float rounding, wherever it does not refuse."""
+def kernel(backend: AbstractKernel, tensors: dict[str, torch.Tensor], layout: Layout) -> None:
+    """A backend computes what the reference computes, to float rounding, wherever it does not refuse.
+
+    Its output has the input's dtype and owns its memory, nothing it is given changes, it gives the same bits each time,
+    a token's output does not depend on its neighbours, and stored tensors that were written to are read anew.
+    """
     from loraq import ops
 
-    del recipe
-    if backend.refusal(layout) is not None:
+    refusal = backend.refusal(layout)
+    if refusal is not None:
+        assert refusal, "a refusal is a sentence"
         return
+    bias = seeded(layout.out, seed=1)
     for tokens in (1, 3, 130):
-        input = seeded(tokens, layout.inn, seed=tokens)
-        bias = seeded(layout.out, seed=1)
-        expected = ops.reference(input, tensors, bias, layout)
-        assert torch.allclose(backend.linear(input, tensors, bias, layout), expected, rtol=1e-5, atol=1e-5)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            input = seeded(tokens, layout.inn, seed=tokens).to(dtype)
+            before = input.clone()
+            output = backend.linear(input, tensors, bias, layout)
+            expected = ops.reference(input, tensors, bias, layout)
+            assert output.dtype == dtype
+            assert output.shape == (tokens, layout.out)
+            ulp = max(torch.finfo(dtype).eps, 1e-5)
+            assert torch.allclose(output.float(), expected.float(), rtol=ulp, atol=1e-5 * float(expected.abs().max()))
+            assert torch.equal(input, before), "the input was changed"
+            assert torch.equal(backend.linear(input, tensors, bias, layout), output), "not the same twice"
+            alone = backend.linear(input[-1:], tensors, bias, layout)
+            assert torch.allclose(alone, output[-1:], rtol=ulp, atol=1e-5)
+    written = {name: tensor.clone() for name, tensor in tensors.items()}
+    backend.linear(input, written, None, layout)
+    for name, tensor in tensors.items():
+        if "scales" in name:
+            written[name].copy_(tensor.flip(0))
+    expected = ops.reference(input, written, None, layout)
+    assert torch.allclose(backend.linear(input, written, None, layout), expected, rtol=1e-2, atol=1e-2)

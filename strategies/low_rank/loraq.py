@@ -18,7 +18,8 @@ Qw is the main quantizer and qw the branch's. The branch is no approximation of 
   outlier of 170 times the root mean square made steps that were right for all else too large.
 - The first step is relative to how much the start leaves to gain: the residual over what moving all columns together
   would change, less with a coarse branch quantizer, whose straight-through gradient is noisy. Steps fall to 0 along a
-  cosine, and the best iterate is kept.
+  cosine, and the best iterate is kept. Where the error rises above the start's, the descent begins anew, with half the
+  step, for the steps that remain.
 
 Source: LoRaQ, arXiv 2604.18117; what was measured for each of these choices is in docs/notes/fits.md.
 """
@@ -45,6 +46,7 @@ _SECOND_MOMENTUM = 0.99
 _LARGEST_STEP = 0.3
 _ROUNDING_NOISE = 20.0
 _FRAME_FLOOR = 0.1
+_DIVERGED = 1.05
 
 
 @attrs.frozen(kw_only=True)
@@ -81,15 +83,21 @@ class Loraq(AbstractLowRank):
         step = self._first_step(weight, up, down, coded_up.decode() @ coded_down.decode())
         moving_up, moving_down = _Moving(up, down.T, step), _Moving(down.T, up, step)
         residual = torch.empty_like(weight)
-        least, best = math.inf, (coded_up, coded_down)
+        first, least, best = math.inf, math.inf, (coded_up, coded_down)
         for index in range(self.steps):
             rounded_up, rounded_down = coded_up.decode(), coded_down.decode()
             torch.addmm(weight, rounded_up, rounded_down, alpha=-1, out=residual)
             coded_main = main.round(residual, coded_main)
             error = residual.sub_(coded_main.decode()).div_(unit)
             loss = float(torch.linalg.vector_norm(error))
+            first = loss if index == 0 else first
             if loss < least:
                 least, best = loss, (coded_up, coded_down)
+            elif loss > _DIVERGED * first:  # rare: a weight so uneven that the first step was too large for it
+                step /= 2
+                moving_up, moving_down = _Moving(up, down.T, step), _Moving(down.T, up, step)
+                coded_up, coded_down, coded_main = branch.round(up), branch.round(down), None
+                continue
             share = 0.5 * (1 + math.cos(math.pi * index / self.steps))
             coded_up = branch.round(moving_up.moved(error @ rounded_down.T, share), coded_up)
             coded_down = branch.round(moving_down.moved(error.T @ rounded_up, share).T, coded_down)
