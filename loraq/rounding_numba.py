@@ -14,6 +14,7 @@ The kernel releases the global lock, so layers that are fitted in Python threads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -35,7 +36,14 @@ _INFINITY = numpy.float32(numpy.inf)
 _LANES = rounding.LANES
 _NARROW = numpy.array(rounding.NEIGHBOURS, dtype=numpy.float32)
 
-_compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled at its first call; kept on disk unless no folder for that can be written."""
+    try:
+        compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache
+        compiled = numba.njit(nogil=True, error_model="numpy")(function)
+    return compiled
 
 
 @_compiled

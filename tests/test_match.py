@@ -83,7 +83,7 @@ def test_linear_layers_and_products_in_disguise_are_matched() -> None:
 def test_what_is_no_product_stays_and_says_why(layer: nn.Module) -> None:
     layers, skipped = matched(nn.Sequential(layer))
     assert layers == {}
-    assert skipped["0"].reason == f"a {type(layer).__name__}, not a linear layer"
+    assert skipped["0"].reason == f"parameters of {type(layer).__name__}, which is no linear layer"
     assert skipped["0"].weights == sum(parameter.numel() for parameter in layer.parameters())
 
 
@@ -304,7 +304,7 @@ def test_sanas_convolutions_hold_half_of_its_weights_and_are_matched() -> None:
     assert convolutions > 0.4 * quantized
     assert quantized > 0.7 * blocks
     reasons = {each.name: each.reason for each in skipped}
-    assert reasons[f"{BLOCK}.ff.conv_depth"] == "a Conv2d, not a linear layer"
+    assert reasons[f"{BLOCK}.ff.conv_depth"] == "parameters of Conv2d, which is no linear layer"
 
 
 def test_an_unknown_diffusers_class_gets_what_its_kin_have_in_common() -> None:
