@@ -79,7 +79,7 @@ def draw_comparison(original: Path, quantized: Path, samples: Samples, path: Pat
         del pipeline
         gc.collect()
     ratios = [psnr(first, second) for first, second in zip(*columns, strict=True)]
-    sheet(list(samples.prompts), ["16-bit", "LoRaQ"], columns, ratios).save(path)
+    sheet(list(samples.prompts), ["16-bit", "quantized"], columns, ratios).save(path)
     return sum(ratios) / len(ratios)
 
 

@@ -1,1 +1,1 @@
-"""Recipes that ship with LoRaQ, run by name (`loraq run quickstart`), and the small model that the first one quantizes."""
+"""Recipes that ship with LoRaQ, run by name (`loraq run quickstart`), and the model that the first one quantizes."""

@@ -31,6 +31,9 @@ def save_pipeline(vae: Vae, text_encoder: TextEncoder, transformer: Transformer,
     # Copies, because assembling casts to bfloat16 in place and training needs the full precision.
     pipeline = assemble(copy.deepcopy(vae), copy.deepcopy(text_encoder), copy.deepcopy(transformer))
     pipeline.save_pretrained(unfinished)
+    # transformers loads in the dtype that the configuration names, diffusers in float32 unless told otherwise.
+    configuration = unfinished / "text_encoder" / "config.json"
+    configuration.write_text(configuration.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
     # Without a dtype, transformers loads what is in the file but diffusers float32: make both agree.
     config = unfinished / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
