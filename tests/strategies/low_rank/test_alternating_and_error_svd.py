@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrices import context, trained
-
-from loraq import factors
-from loraq.contracts import AbstractLowRank, AbstractQuantizer
-from loraq.layer import Fit
 from loraq.strategies.branch_quantizer.none import SixteenBit
 from loraq.strategies.branch_quantizer.rtn import Rtn as BranchRtn
 from loraq.strategies.low_rank.alternating import Alternating
 from loraq.strategies.low_rank.error_svd import ErrorSvd
 from loraq.strategies.low_rank.svd import Svd
 from loraq.strategies.main_quantizer.rtn import Rtn
+
+from loraq import factors
+from loraq.contracts import AbstractLowRank, AbstractQuantizer
+from loraq.layer import Fit
+from matrices import context, trained
 
 BRANCHES = [SixteenBit(), BranchRtn(weight="int8"), BranchRtn(weight="int4")]
 
