@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -104,6 +107,10 @@ def run(recipe: str, settings: tuple[str, ...], restart: bool, only: str | None,
     from loraq.report import size
     from loraq.run import run_recipe, try_layers
 
+    if threading.current_thread() is threading.main_thread():
+        click.get_current_context().call_on_close(
+            functools.partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, _stop_at_once))
+        )
     report = run_recipe(loaded, restart=restart) if only is None else try_layers(loaded, only)
     if as_json:
         _print_json(report.to_plain())
@@ -324,13 +331,23 @@ def generate(
         click.echo(path)
 
 
+_INTERRUPTED = "interrupted; the same command continues where it stopped"
+
+
+def _stop_at_once(number: int, frame: object) -> None:
+    """Ctrl-C in a run: end now, not when the fits in flight are done. What is written survives any kind of kill."""
+    del number, frame
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h\n")  # the progress bar hid the cursor
+    sys.stderr.write(_INTERRUPTED + "\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main() -> None:
     """The command's entry point."""
     try:
         cli(standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("interrupted; the same command continues where it stopped", err=True)
-        sys.exit(1)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
@@ -341,8 +358,8 @@ def main() -> None:
     except LoraqError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("interrupted; the same command continues where it stopped", err=True)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo(_INTERRUPTED, err=True)
         sys.exit(1)
     except OSError as error:
         click.echo(f"error: {error}", err=True)

@@ -119,23 +119,23 @@ def layer_table(layers: Iterable[LayerRecord]) -> Table:
     from rich.table import Table
 
     rows = tuple(layers)
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, collapse_padding=True, pad_edge=False)
     weights = sum(row.weights for row in rows)
     stored = sum(row.stored_bytes for row in rows)
     before = geometric_mean(row.error_before for row in rows)
     after = geometric_mean(row.error_after for row in rows)
-    table.add_column("layer", f"{len(rows)} layers", no_wrap=True)
-    table.add_column("out x inn", f"{weights:,}", justify="right")
-    table.add_column("rank", "", justify="right")
-    table.add_column("bits", f"{8 * stored / weights:.2f}" if weights else "", justify="right")
-    table.add_column("error before", f"{before:.4f}", justify="right")
-    table.add_column("after", f"{after:.4f}", justify="right")
-    table.add_column("ratio", f"{after / before:.2f}" if before else "", justify="right")
-    table.add_column("bytes", f"{stored:,}", justify="right")
+    table.add_column("layer", f"{len(rows)} layers", overflow="fold")  # the only one that gives way
+    table.add_column("out\nx inn", f"{weights:,}", justify="right", no_wrap=True)
+    table.add_column("rank", "", justify="right", no_wrap=True)
+    table.add_column("bits", f"{8 * stored / weights:.2f}" if weights else "", justify="right", no_wrap=True)
+    table.add_column("error\nbefore", f"{before:.4f}", justify="right", no_wrap=True)
+    table.add_column("error\nafter", f"{after:.4f}", justify="right", no_wrap=True)
+    table.add_column("ratio", f"{after / before:.2f}" if before else "", justify="right", no_wrap=True)
+    table.add_column("bytes", f"{stored:,}", justify="right", no_wrap=True)
     for row in rows:
         ratio = f"{row.error_after / row.error_before:.2f}" if row.error_before else ""
         table.add_row(
-            row.name, f"{row.out} x {row.inn}", str(row.rank or "-"), f"{row.effective_bits:.2f}",
+            row.name, f"{row.out}x{row.inn}", str(row.rank or "-"), f"{row.effective_bits:.2f}",
             f"{row.error_before:.4f}", f"{row.error_after:.4f}", ratio, f"{row.stored_bytes:,}",
         )  # fmt: skip
     return table
@@ -149,19 +149,19 @@ def plan_table(layers: Iterable[MatchedLayer]) -> Table:
     rows = tuple(layers)
     weights = sum(row.out * row.inn for row in rows)
     stored = sum(row.layout.stored_bytes for row in rows)
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
-    table.add_column("layer", f"{len(rows)} layers", no_wrap=True)
-    table.add_column("out x inn", f"{weights:,}", justify="right")
-    table.add_column("main")
-    table.add_column("branch")
-    table.add_column("rank", justify="right")
-    table.add_column("bits", f"{8 * stored / weights:.2f}" if weights else "", justify="right")
-    table.add_column("bytes", f"{stored:,}", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, collapse_padding=True, pad_edge=False)
+    table.add_column("layer", f"{len(rows)} layers", overflow="fold")  # the only one that gives way
+    table.add_column("out\nx inn", f"{weights:,}", justify="right", no_wrap=True)
+    table.add_column("main", no_wrap=True)
+    table.add_column("branch", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("bits", f"{8 * stored / weights:.2f}" if weights else "", justify="right", no_wrap=True)
+    table.add_column("bytes", f"{stored:,}", justify="right", no_wrap=True)
     for row in rows:
         layout = row.layout
         branch = "-" if layout.down is None else f"{layout.down.format.name} x {layout.branch_activation}"
         table.add_row(
-            row.name, f"{row.out} x {row.inn}", f"{layout.main.format.name} x {layout.activation}", branch,
+            row.name, f"{row.out}x{row.inn}", f"{layout.main.format.name} x {layout.activation}", branch,
             str(layout.rank or "-"), f"{8 * layout.stored_bytes / (row.out * row.inn):.2f}",
             f"{layout.stored_bytes:,}",
         )  # fmt: skip

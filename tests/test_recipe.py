@@ -178,7 +178,7 @@ def test_a_near_miss_is_guessed(path: str, value: object, near: str) -> None:
         ("stage = [3]", "stage[0]: expected a table, got 3"),
         ("[[stage]]\nstrategy = 'rtn'", "stage[0].kind: is missing"),
         ("[[stage]]\nkind = ['a']", "stage[0].kind: expected a string, got ['a']"),
-        ("[[stage]]\nkind = 'low_rank'", "stage[0].strategy: is missing; on offer: loraq, none, svd"),
+        ("[[stage]]\nkind = 'low_rank'", "stage[0].strategy: is missing; on offer: alternating, "),
         ("layers = 3", "layers: expected [[layers]] tables, got 3"),
         ("layers = [3]", "layers[0]: expected a table, got 3"),
         ("[laiers]", "laiers: unknown key 'laiers' (a recipe knows model, run, stage, layers, samples); did you mean"),

@@ -238,7 +238,7 @@ def test_stopped_near_the_end_it_continues(
 @pytest.mark.slow
 def test_a_second_run_on_the_same_output_is_refused(model: Path, tmp_path: Path, forker: Forker) -> None:
     recipe = models.write_recipe(tmp_path / "recipe.toml", model, tmp_path / "out", low_rank="loraq")
-    recipe.write_text(recipe.read_text().replace("rank = 4", "rank = 4\nsteps = 2000"))
+    recipe.write_text(recipe.read_text().replace("rank = 4", "rank = 4\nsteps = 1000000"))
     forker.start("run", recipe)
     wait_for(lambda: len(lines(tmp_path / "out")) >= 1, forker)
     sentence = f"error: {tmp_path / 'out.unfinished'}: another run is at work on this output; wait for it.\n"

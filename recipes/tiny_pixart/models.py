@@ -145,7 +145,9 @@ def assemble(vae: Vae, text_encoder: TextEncoder, transformer: Transformer) -> P
 
 
 def load_pipeline(folder: Path) -> Pipeline:
-    """Load a saved pipeline for computing in float32, without progress bars."""
+    """Load a saved pipeline, quantized or not, for computing in float32, without progress bars."""
+    import loraq  # noqa: F401  # lets diffusers load packed models; training needs none of it
+
     pipeline = library.PixArtSigmaPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
