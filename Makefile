@@ -39,7 +39,8 @@ wheel: $(INSTALLED)
 
 # The figures that README quotes.
 figures: $(INSTALLED)
-	$(BIN)/python benchmarks/weight_error.py
+	$(BIN)/python benchmarks/weight_error.py recipes/tiny-pixart-sigma/transformer --workers 2
+	$(BIN)/python benchmarks/weight_error.py recipes/tiny-pixart-sigma/transformer --workers 2 --hadamard
 
 install: $(INSTALLED)
 

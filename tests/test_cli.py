@@ -216,7 +216,7 @@ def test_the_plan_for_programs_holds_what_the_table_shows(home: Path) -> None:
     for layer in component["layers"]:
         row = next(line for line in text.splitlines() if f" {layer['name']} " in line)
         assert row.split() == [
-            layer["name"], str(layer["out"]), "x", str(layer["inn"]), "int4", "x", "int4", "int8", "x", "int8",
+            layer["name"], f"{layer['out']}x{layer['inn']}", "int4", "x", "int4", "int8", "x", "int8",
             str(layer["rank"]), f"{8 * layer['stored_bytes'] / layer['out'] / layer['inn']:.2f}",
             f"{layer['stored_bytes']:,}",
         ]  # fmt: skip
