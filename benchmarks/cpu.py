@@ -3,21 +3,25 @@
     python benchmarks/cpu.py                                 all shapes, tokens and thread counts of the table
     python benchmarks/cpu.py --shape 1152x4608 --tokens 256 --threads 1
     python benchmarks/cpu.py --json figures.json
+    python benchmarks/cpu.py --model --threads 2             one denoising step of PixArt-Sigma (0.6 B, random weights)
 
 Every figure is a whole module call: transforms, rounding of the activations, products, branch, bias, and torch's own
-overhead. LoRaQ is W4A8 in groups of 64 with a rank-64 W8A8 branch. The others:
+overhead; with one thread its own time on the processor, so that other processes matter less, with more the time that
+passes. LoRaQ is W4A8 in groups of 64 with a rank-64 W8A8 branch. The others:
 
     bf16      torch.nn.functional.linear in bfloat16 (LoRaQ's input and output are bfloat16 for this comparison)
     int8      torch.ao.nn.quantized.dynamic.Linear, one scale a tensor (float32 in and out for both)
     int4pack  torch.ops.aten._weight_int4pack_mm_for_cpu, groups of 64, bfloat16 activations that are not rounded
 
-Ratios say how many times faster LoRaQ is. `peak` is the share of this machine's VNNI peak, measured in the same process,
-on the same number of threads, by a loop of independent vpdpbusd; multiplications of the branch count as work.
+Ratios say how many times faster LoRaQ is. `peak` is the share of this machine's VNNI peak, measured in the same
+process by a loop of independent vpdpbusd, times the threads; the branch's multiplications count as work.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib
 import json
 import time
 import warnings
@@ -29,17 +33,14 @@ import attrs
 import numba
 import torch
 from llvmlite import ir
-from loraq.kernels.cpu import compiled
-from loraq.kernels.cpu.backend import CpuKernel
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from loraq import ops
-from loraq.formats import INT4, INT8
 from loraq.layout import Layout
 from loraq.linear import PackedLinear
+
+compiled, memory = (importlib.import_module(f"loraq.kernels.cpu.{name}") for name in ("compiled", "memory"))
 
 SHAPES = ("1152x1152", "1152x4608", "4608x1152", "2240x2240", "2240x11200")
 TOKENS = (1, 16, 256, 1024, 4096)
@@ -77,7 +78,9 @@ class Figure:
     @property
     def share(self) -> float:
         """The share of the VNNI peak, with the branch, float32 in and out."""
-        return 2 * self.tokens * (self.inn * self.out + RANK * (self.inn + self.out)) / self.seconds["loraq"] / self.peak
+        return (
+            2 * self.tokens * (self.inn * self.out + RANK * (self.inn + self.out)) / self.seconds["loraq"] / self.peak
+        )
 
 
 def random_layer(inn: int, out: int, rank: int, transform: str | None = None) -> PackedLinear:
@@ -95,11 +98,13 @@ def random_layer(inn: int, out: int, rank: int, transform: str | None = None) ->
         branch = {"format": "int8", "group": GROUP}
         plain |= {"down": branch, "up": branch, "branch_activation": {"format": "int8", "group": GROUP}}
     layout = Layout.from_plain(plain)
-    parts = {}
-    for name, storage, rows, columns in layout.matrices():
-        coded = (INT4 if storage.format == INT4 else INT8).encode(torch.randn(rows, columns), GROUP)
-        parts |= {f"{name}.{key}": tensor for key, tensor in coded.parts.items()}
-    return PackedLinear(layout, layout.pack(parts), torch.randn(out))
+    tensors: dict[str, Tensor] = {}
+    for name, stored in layout.stored().items():
+        if name.endswith("scales"):
+            tensors[name] = (torch.rand(stored.shape) * 0.01).bfloat16().view(torch.int16)
+        else:
+            tensors[name] = torch.randint(0, 256, stored.shape, dtype=torch.uint8).view(getattr(torch, stored.dtype))
+    return PackedLinear(layout, tensors, torch.randn(out))
 
 
 def contenders(inn: int, out: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
@@ -112,7 +117,8 @@ def contenders(inn: int, out: int, tokens: int) -> dict[str, Callable[[], Tensor
     linear = torch.nn.Linear(inn, out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        int8 = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear), {torch.nn.Linear}, torch.qint8)[0]
+        dynamic: Any = torch.ao.quantization.quantize_dynamic
+        int8 = dynamic(torch.nn.Sequential(linear), {torch.nn.Linear}, torch.qint8)[0]
     found: dict[str, Callable[[], Tensor]] = {
         "loraq": lambda: full(single),
         "int8": lambda: int8(single),
@@ -132,6 +138,7 @@ def contenders(inn: int, out: int, tokens: int) -> dict[str, Callable[[], Tensor
 
 def best(calls: Mapping[str, Callable[[], Tensor]], seconds: float) -> dict[str, float]:
     """The best time of each call, taken in turn until all have had `seconds`, at least three turns."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.inference_mode():
         for function in calls.values():
             function()
@@ -140,30 +147,29 @@ def best(calls: Mapping[str, Callable[[], Tensor]], seconds: float) -> dict[str,
             for name, function in calls.items():
                 if turns >= 3 and spent[name] >= max(seconds, 3 * found[name]):
                     continue
-                began = time.perf_counter()
+                began = clock()
                 function()
-                took = time.perf_counter() - began
+                took = clock() - began
                 found[name], spent[name] = min(found[name], took), spent[name] + took
             turns += 1
     return found
 
 
-@intrinsic
 def _dots(typing_context: Any, turns: Any) -> Any:
-    """`turns` times 24 independent vpdpbusd of 512 bits; gives a number that depends on all."""
+    """`turns` times 16 independent vpdpbusd of 512 bits; gives a number that depends on all."""
     del typing_context
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
         vector, long = ir.VectorType(ir.IntType(32), 16), ir.IntType(64)
         kind = ir.FunctionType(vector, [vector] * 3)
-        dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+        dot = memory.llvm.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
         before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
         lane = ir.Constant(ir.IntType(32), 0)
         start = builder.insert_element(ir.Constant(vector, None), builder.trunc(arguments[0], ir.IntType(32)), lane)
         builder.branch(loop)
         builder.position_at_end(loop)
-        turn, sums = builder.phi(long), [builder.phi(vector) for _ in range(24)]
+        turn, sums = builder.phi(long), [builder.phi(vector) for _ in range(16)]
         turn.add_incoming(ir.Constant(long, 0), before)
         following = builder.add(turn, ir.Constant(long, 1))
         turn.add_incoming(following, loop)
@@ -180,27 +186,26 @@ def _dots(typing_context: Any, turns: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-def vnni_peak(threads: int) -> float:
-    """Operations a second (two a multiplication) of vpdpbusd on `threads` threads; not a number without the instruction."""
+dots: Any = memory.intrinsic(_dots)
+
+
+def vnni_peak() -> float:
+    """Operations a second, two a multiplication, of vpdpbusd on one thread; not a number where there is none."""
     if compiled.machine().name != "avx512-vnni":
         return float("nan")
-    turns = 50_000  # a fraction of a millisecond: some runs meet no other process
+    turns = 500_000  # a few milliseconds
 
-    @numba.njit(parallel=True)
-    def loop(count: int) -> int:
-        total = 0
-        for _ in numba.prange(count):
-            total += _dots(turns)
-        return total
+    def turning() -> int:
+        return int(dots(turns))
 
-    numba.set_num_threads(threads)
-    loop(threads)
+    loop: Any = numba.njit(turning)
+    loop()
     found = float("inf")
-    for _ in range(1000):
-        began = time.perf_counter()
-        loop(threads)
-        found = min(found, time.perf_counter() - began)
-    return threads * turns * 24 * 128 / found
+    for _ in range(100):
+        began = time.thread_time()
+        loop()
+        found = min(found, time.thread_time() - began)
+    return turns * 16 * 128 / found
 
 
 def measure(shape: str, tokens: int, threads: int, peak: float, seconds: float) -> Figure:
@@ -211,17 +216,46 @@ def measure(shape: str, tokens: int, threads: int, peak: float, seconds: float) 
     return Figure(inn, out, tokens, threads, peak, best(contenders(inn, out, tokens), seconds))
 
 
+def steps(batch: int, tokens: int, threads: int) -> dict[str, float]:
+    """Seconds of one denoising step of a PixArt-Sigma of true size, in bfloat16 and with its blocks' linears packed."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    side = 2 * int(tokens**0.5)
+    options = {"num_layers": 28, "sample_size": side, "in_channels": 4, "out_channels": 8, "caption_channels": 4096}
+    maker: Any = PixArtTransformer2DModel
+    model = maker(**options, use_additional_conditions=False).bfloat16().eval()
+    packed = copy.deepcopy(model)
+    for name, module in list(packed.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
+            parent, _, leaf = name.rpartition(".")
+            layer = random_layer(module.in_features, module.out_features, RANK, "hadamard")
+            setattr(packed.get_submodule(parent), leaf, layer)
+    latents = torch.randn(batch, 4, side, side).bfloat16()
+    given = {
+        "encoder_hidden_states": torch.randn(batch, 120, 4096).bfloat16(),
+        "timestep": torch.full((batch,), 500),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    return best({"bf16": lambda: model(latents, **given)[0], "loraq": lambda: packed(latents, **given)[0]}, 10.0)
+
+
 def heading() -> str:
     """The table's first line."""
-    return f"{'inn x out':>11} {'tokens':>6} {'threads':>7} {'ms':>9} " + " ".join(f"{each:>15}" for each in COLUMNS) + "   peak"
+    return (
+        f"{'inn x out':>11} {'tokens':>6} {'threads':>7} {'ms':>9} "
+        + " ".join(f"{each:>15}" for each in COLUMNS)
+        + "   peak"
+    )
 
 
 def line(figure: Figure) -> str:
     """One line of the table."""
     ratios = figure.ratios()
     cells = " ".join(f"{ratios[each]:15.2f}" for each in COLUMNS)
-    milliseconds = f"{figure.seconds['loraq'] * 1e3:9.3f}"
-    return f"{f'{figure.inn}x{figure.out}':>11} {figure.tokens:6} {figure.threads:7} {milliseconds} {cells} {figure.share:6.0%}"
+    place = f"{f'{figure.inn}x{figure.out}':>11} {figure.tokens:6} {figure.threads:7}"
+    return f"{place} {figure.seconds['loraq'] * 1e3:9.3f} {cells} {figure.share:6.0%}"
 
 
 def main() -> None:
@@ -232,13 +266,25 @@ def main() -> None:
     parser.add_argument("--threads", action="append", type=int, help="repeatable; 1 and 2 by default")
     parser.add_argument("--seconds", type=float, default=0.3, help="how long each contender of a cell runs")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--model", action="store_true", help="time a whole denoising step instead")
     options = parser.parse_args()
     chosen = ops.kernel_for(random_layer(64, 32, 0).layout, "cpu")
-    if not isinstance(chosen, CpuKernel):
-        raise SystemExit(f"the CPU kernel is not registered; torch.ops.loraq.linear would run {chosen or 'the reference'}")
-    figures = []
+    if chosen is None:
+        raise SystemExit(
+            f"the CPU kernel is not registered; torch.ops.loraq.linear would run {chosen or 'the reference'}"
+        )
+    if options.model:
+        for threads in options.threads or (1, 2):
+            for batch, tokens in ((1, 256), (2, 256), (1, 1024)):
+                found = steps(batch, tokens, threads)
+                times = f"bf16 {found['bf16']:.3f} s, LoRaQ {found['loraq']:.3f} s"
+                print(
+                    f"batch {batch}, {tokens} tokens, {threads} threads: {times}: {found['bf16'] / found['loraq']:.2f}x"
+                )
+        return
+    figures, single = [], vnni_peak()
     for threads in options.threads or (1, 2):
-        peak = vnni_peak(threads)
+        peak = single * threads
         print(f"{compiled.machine().name}, {threads} threads, VNNI peak {peak / 1e9:.0f} GOPS\n{heading()}", flush=True)
         for shape in options.shape or SHAPES:
             for tokens in options.tokens or TOKENS:

@@ -1,0 +1,211 @@
+"""Small llvmlite intrinsics for Numba code that works on raw addresses: pointers, atomics, calls, and vector loops.
+
+Everything takes and gives int64 unless said otherwise. The vector loops are written in LLVM's generic vectors of 16
+lanes, which every processor's back end splits as it must; Numba's own loops do not vectorize reductions of floating
+point numbers, and stop at the first call. `count` is a multiple of 16 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba.extending
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+LANES = 16
+
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+_INTEGERS = ir.VectorType(ir.IntType(32), LANES)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_INT, _LONG = ir.IntType(32), ir.IntType(64)
+_NEAREST = 1.5 * 2**23
+"""Added to a float32 below 2^22 it rounds it to the nearest integer, ties to even, and leaves that in the low bits."""
+
+llvm: Any = cgutils
+"""numba.core.cgutils, which has no annotations."""
+
+
+def intrinsic(definition: Callable[..., Any]) -> Any:
+    """numba.extending.intrinsic: called from Numba code without the typing context, which types do not say."""
+    return numba.extending.intrinsic(definition)
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """An untyped pointer from an address, for numba.carray."""
+    del typing_context
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        return builder.inttoptr(arguments[0], llvm.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def take_ticket(typing_context: Any, address: Any) -> Any:
+    """The int64 at `address`, which is counted up by one in the same atomic step."""
+    del typing_context
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        place = builder.inttoptr(arguments[0], _LONG.as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(_LONG, 1), "seq_cst")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def call(typing_context: Any, function: Any, argument: Any) -> Any:
+    """Call the compiled function at the address `function` with one int64; it returns nothing."""
+    del typing_context
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del signature
+        kind = ir.FunctionType(ir.VoidType(), [_LONG])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def largest_bits(typing_context: Any, source: Any, count: Any) -> Any:
+    """The largest magnitude of `count` float32 at `source`, as its bits: what is not a number counts as largest."""
+    del typing_context
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        source, count = arguments
+        magnitude = ir.Constant(_INTEGERS, [0x7FFFFFFF] * LANES)
+
+        def body(index: Any, largest: Any) -> Any:
+            bits = builder.and_(_load(builder, source, index, _INTEGERS), magnitude)
+            return builder.select(builder.icmp_signed(">", bits, largest), bits, largest)
+
+        largest = _loop(builder, count, ir.Constant(_INTEGERS, None), body)
+        return builder.zext(_reduce(builder, "smax", largest), _LONG)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def encode(typing_context: Any, source: Any, target: Any, count: Any, divisor: Any, top: Any) -> Any:
+    """Round `count` float32 at `source` to int8 codes at `target`; gives the sum of the codes.
+
+    A code is value / divisor rounded to nearest, ties to even, and held to [-top, top] (both float32). The bounds are
+    integers, so that holding before rounding is the same.
+    """
+    del typing_context
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        source, target, count, divisor, top = arguments
+        divisors, tops = _splat(builder, divisor), _splat(builder, top)
+        bottoms = builder.fneg(tops)
+        nearest = ir.Constant(_FLOATS, [_NEAREST] * LANES)
+        high = ir.Constant(_INTEGERS, [24] * LANES)
+
+        def body(index: Any, total: Any) -> Any:
+            value = builder.fdiv(_load(builder, source, index, _FLOATS), divisors)
+            value = builder.select(builder.fcmp_ordered(">", value, tops), tops, value)
+            value = builder.select(builder.fcmp_ordered("<", value, bottoms), bottoms, value)
+            bits = builder.bitcast(builder.fadd(value, nearest), _INTEGERS)
+            _store(builder, target, index, builder.trunc(bits, _BYTES))
+            return builder.add(total, builder.ashr(builder.shl(bits, high), high))
+
+        return builder.sext(_reduce(builder, "add", _loop(builder, count, ir.Constant(_INTEGERS, None), body)), _LONG)
+
+    return types.int64(types.int64, types.int64, types.int64, types.float32, types.float32), generate
+
+
+def _butterflies(vectors: int) -> Any:
+    """The intrinsic `(address, count)`: unscaled Hadamard transforms, in place, of runs of 16 * `vectors` float32."""
+
+    def typed(typing_context: Any, values: Any, count: Any) -> Any:
+        del typing_context, values, count
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            del signature
+            address, count = arguments
+
+            def body(index: Any, unused: Any) -> Any:
+                places = [builder.add(index, ir.Constant(_LONG, LANES * each)) for each in range(vectors)]
+                held = [_load(builder, address, place, _FLOATS) for place in places]
+                for step in (1, 2, 4, 8):
+                    held = [_within(builder, vector, step) for vector in held]
+                step = 1
+                while step < vectors:
+                    for first in (each for each in range(vectors) if not each & step):
+                        one, other = held[first], held[first + step]
+                        held[first], held[first + step] = builder.fadd(one, other), builder.fsub(one, other)
+                    step *= 2
+                for place, vector in zip(places, held, strict=True):
+                    _store(builder, address, place, vector)
+                return unused
+
+            _loop(builder, count, ir.Constant(_INTEGERS, None), body, LANES * vectors)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    typed.__name__ = f"butterflies_{LANES * vectors}"
+    return intrinsic(typed)
+
+
+def _within(builder: Any, vector: Any, step: int) -> Any:
+    """One pass within a vector: each lane's sum or difference with the lane `step` away, as other + (±own)."""
+    signs = ir.Constant(_INTEGERS, [-(2**31) if lane & step else 0 for lane in range(LANES)])
+    swapped = ir.Constant(_INTEGERS, [lane ^ step for lane in range(LANES)])
+    own = builder.bitcast(builder.xor(builder.bitcast(vector, _INTEGERS), signs), _FLOATS)
+    return builder.fadd(builder.shuffle_vector(vector, ir.Constant(_FLOATS, ir.Undefined), swapped), own)
+
+
+butterflies_16, butterflies_128 = _butterflies(1), _butterflies(8)
+
+
+def _loop(builder: Any, count: Any, start: Any, body: Any, step: int = LANES) -> Any:
+    """`state = body(index, state)` for index = 0, `step`, ... below `count`; the last state."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index, state = builder.phi(_LONG), builder.phi(start.type)
+    index.add_incoming(ir.Constant(_LONG, 0), before)
+    state.add_incoming(start, before)
+    builder.cbranch(builder.icmp_signed("<", index, count), inside, after)
+    builder.position_at_end(inside)
+    following = body(index, state)
+    index.add_incoming(builder.add(index, ir.Constant(_LONG, step)), builder.block)
+    state.add_incoming(following, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return state
+
+
+def _address(builder: Any, base: Any, index: Any, kind: Any) -> Any:
+    size = kind.element.width // 8 if isinstance(kind.element, ir.IntType) else 4
+    place = builder.add(base, builder.mul(index, ir.Constant(_LONG, size)))
+    return builder.inttoptr(place, kind.as_pointer())
+
+
+def _load(builder: Any, base: Any, index: Any, kind: Any) -> Any:
+    return builder.load(_address(builder, base, index, kind), align=1 if kind is _BYTES else 4)
+
+
+def _store(builder: Any, base: Any, index: Any, value: Any) -> None:
+    builder.store(value, _address(builder, base, index, value.type), align=1 if value.type == _BYTES else 4)
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    single = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(single, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_INTEGERS, None))
+
+
+def _reduce(builder: Any, operation: str, vector: Any) -> Any:
+    kind = ir.FunctionType(_INT, [_INTEGERS])
+    name = f"llvm.vector.reduce.{operation}.v{LANES}i32"
+    return builder.call(llvm.get_or_insert_function(builder.module, kind, name), [vector])

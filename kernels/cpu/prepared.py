@@ -1,0 +1,227 @@
+"""A layer made ready for the kernel: its repacked matrices, and the structures that tell the compiled code of them.
+
+`refusal` says which layouts can be made ready: integers of at most 8 bits on both sides of the main product. A branch
+that is not so (16 bits, an unrounded intermediate) runs in torch beside it (`branch` is False). The
+online transforms are fused into the rounding of rows where they are, in this order, at most one smoothing and one
+Hadamard rotation; others run in torch before the kernel (`fused` is False).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy
+
+from loraq.contracts import AbstractPreTransform
+from loraq.errors import RegistryError
+from loraq.formats import IntegerFormat
+from loraq.layout import strategy_to_plain
+
+from . import compiled, threads
+from .records import Layer, Matrix, Rounding
+from .repack import Panels, Segments, Weight, weight_group
+from .tile import OUTPUTS, Machine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loraq.activation import Activation
+    from loraq.layout import Layout
+
+_BLOCK_BYTES = 192 * 1024
+"""A block's codes should leave room for a panel of weights in a second-level cache."""
+_LARGEST_BLOCK = 128
+_LARGEST_INN = 60_000
+"""Sums of 8-bit codes over longer segments would not fit 32 bits."""
+
+
+def refusal(layout: Layout) -> str | None:
+    """None where the kernel takes this layout, else why not. Only the main product counts: see `branch_fits`."""
+    return _misfit(layout, "main")
+
+
+def branch_fits(layout: Layout) -> bool:
+    """Whether the kernel takes the branch, too; else it runs in torch, as a 16-bit branch does."""
+    return layout.rank > 0 and _misfit(layout, "down") is None and _misfit(layout, "up") is None
+
+
+def _misfit(layout: Layout, matrix: str) -> str | None:
+    """Why the kernel cannot compute the product with this matrix, None where it can."""
+    for name, storage, _, columns in layout.matrices():
+        if name != matrix:
+            continue
+        if weight_group(storage.format, columns, storage.group) is None:
+            return f"the CPU kernel multiplies 8-bit integers, and the {name} matrix is {storage.format.name}"
+        rounding = layout.activation if name == "main" else layout.branch_activation
+        if not isinstance(rounding.format, IntegerFormat) or rounding.format.bits > 8:
+            return f"the CPU kernel multiplies 8-bit integers, and the input of {name} is rounded to {rounding}"
+        if columns > _LARGEST_INN:
+            return f"the CPU kernel sums at most {_LARGEST_INN} columns in 32 bits, and {name} has {columns}"
+    return None
+
+
+@attrs.frozen(eq=False)
+class Prepared:
+    """A layer ready to run: `address` of its records.Layer, and what keeps the memory behind it alive.
+
+    `products` counts the multiplications of codes a token, `bytes` what the repacked form holds beside the checkpoint's
+    tensors, `token_block` the tokens that a worker's memory (`memory_bytes`) has room for.
+    """
+
+    layout: Layout
+    address: int
+    run: int
+    worker: Callable[[int], None]
+    fused: bool
+    branch: bool
+    products: int
+    panels: int
+    token_block: int
+    memory_bytes: int
+    bytes: int
+    kept: tuple[Any, ...] = attrs.field(repr=False)
+
+    @classmethod
+    def of(cls, layout: Layout, tensors: Mapping[str, Tensor], machine: Machine) -> Prepared:
+        """Repack a layer whose layout is not refused."""
+        return _Maker(layout, tensors, machine).made()
+
+
+class _Maker:
+    """Builds one Prepared: structures point to one another by address, so all are kept in `self.kept`."""
+
+    def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], machine: Machine) -> None:
+        self.layout = layout
+        self.tensors = tensors
+        self.machine = machine
+        self.kept: list[Any] = []
+        self.bytes = 0
+        self.memory = 128  # begins with the arguments of a product, see layer.py
+        self.token_block = 4
+
+    def made(self) -> Prepared:
+        layout, branch = self.layout, branch_fits(self.layout)
+        cuts, panels = {}, {}
+        for name, storage, rows, columns in layout.matrices():
+            if name == "main" or branch:
+                weight = Weight.of(layout, name, storage, rows, columns, self.tensors)
+                cuts[name] = Segments.of(columns, self._activation(name).group_for(columns), weight.group)
+                panels[name] = Panels.of(weight, cuts[name])
+        shared = branch and layout.activation == layout.branch_activation and cuts["main"].alike(cuts["down"])
+        codes = sum(cut.count * cut.slot for name, cut in cuts.items() if not (shared and name == "down"))
+        self.token_block = min(_LARGEST_BLOCK, max(16, _BLOCK_BYTES // codes // 8 * 8))
+        record = Layer(inn=layout.inn, out=layout.out, block=1)
+        record.main = self._matrix(panels["main"], cuts["main"])
+        second = panels["down"] if shared else panels["main"]
+        record.round_main = self._rounding("main", cuts["main"], panels["main"], second)
+        if branch:
+            record.down, record.up = self._matrix(panels["down"], cuts["down"]), self._matrix(panels["up"], cuts["up"])
+            record.round_down = record.round_main
+            if not shared:
+                record.round_down = self._rounding("down", cuts["down"], panels["down"], panels["down"])
+            record.round_thin = self._rounding("up", cuts["up"], panels["up"], panels["up"])
+        # A branch in torch needs the transformed input there.
+        fused = (branch or not layout.rank) and self._transforms(record)
+        record.row_at = self._place(4 * (layout.inn + 16))
+        record.part_at = self._place(4 * max(cut.slot for cut in cuts.values()) + 4 * max(layout.inn, layout.rank) + 64)
+        record.limits_at = self._place(4 * max(layout.inn, layout.rank))
+        record.thin_at = self._place(4 * self.token_block * (layout.rank + OUTPUTS))
+        record.tile_at = self._place(4 * self.token_block * OUTPUTS)
+        record.bias_at = self._place(4 * 2 * OUTPUTS)
+        self.kept.append(record)
+        return Prepared(
+            layout=layout,
+            address=ctypes.addressof(record),
+            run=compiled.run(),
+            worker=threads.worker(compiled.run()),
+            fused=fused,
+            branch=branch,
+            products=layout.inn * layout.out + layout.rank * (layout.inn + layout.out),
+            panels=len(panels["main"].codes),
+            token_block=self.token_block,
+            memory_bytes=self.memory,
+            bytes=self.bytes,
+            kept=tuple(self.kept),
+        )
+
+    def _activation(self, name: str) -> Activation:
+        return self.layout.activation if name == "main" else self.layout.branch_activation
+
+    def _place(self, size: int) -> int:
+        """Room for `size` bytes in a worker's memory."""
+        place = self.memory
+        self.memory += -(-size // 64) * 64
+        return place
+
+    def _hold(self, array: numpy.ndarray[Any, Any]) -> int:
+        """Keep `array` as aligned as vectors want it; its address."""
+        room = numpy.empty(array.nbytes + 64, numpy.uint8)
+        start = -room.ctypes.data % 64
+        held = room[start : start + array.nbytes]
+        held[:] = array.reshape(-1).view(numpy.uint8)
+        self.kept.append(held)
+        self.bytes += array.nbytes
+        return int(held.ctypes.data)
+
+    def _matrix(self, panels: Panels, cut: Segments) -> int:
+        record = Matrix(
+            product=compiled.product(self.machine, panels.bits),
+            weights=self._hold(panels.codes),
+            scales=self._hold(panels.scales),
+            panels=len(panels.codes),
+            panel_bytes=panels.codes.shape[1],
+            segments=cut.count,
+            slot=cut.slot,
+        )
+        self.kept.append(record)
+        return ctypes.addressof(record)
+
+    def _rounding(self, name: str, cut: Segments, weight: Panels, second: Panels) -> int:
+        activation = self._activation(name)
+        assert isinstance(activation.format, IntegerFormat), "refusal has looked"
+        columns = int(cut.starts[-1])
+        per_token = 4 * cut.count * self.token_block
+        record = Rounding(
+            columns=columns,
+            group=activation.group_for(columns),
+            segments=cut.count,
+            slot=cut.slot,
+            starts=self._hold(cut.starts),
+            groups_of=self._hold(cut.of_input),
+            offset=1 << (weight.bits - 1),
+            second_offset=1 << (second.bits - 1),
+            codes_at=self._place(cut.count * cut.slot * self.token_block),
+            scales_at=self._place(per_token),
+            offsets_at=self._place(per_token),
+            second_at=self._place(per_token),
+            top=activation.format.limit,
+        )
+        self.kept.append(record)
+        return ctypes.addressof(record)
+
+    def _transforms(self, record: Layer) -> bool:
+        """Write the online transforms into `record`; False where torch has to run them."""
+        chain = [_plain(each) for each in self.layout.transforms]
+        names = [plain.get("strategy") for plain in chain]
+        if names not in ([], ["hadamard"], ["smooth"], ["smooth", "hadamard"]):
+            return False
+        if "smooth" in names:
+            part = self.layout.transforms[0].parts(self.layout.inn)["scales"]
+            scales = self.layout.packing.unpack(self.tensors["transform.0.scales"], part)
+            record.smoothing = self._hold(scales.float().numpy())
+        if "hadamard" in names:
+            record.block = math.gcd(self.layout.inn, int(chain[-1]["largest_block"]))
+            record.factor = 1 / math.sqrt(record.block)
+        return True
+
+
+def _plain(transform: AbstractPreTransform) -> dict[str, Any]:
+    """The transform's registered name and options; none for one that no entry point names."""
+    try:
+        return strategy_to_plain("pre_transform", transform)
+    except RegistryError:
+        return {}
