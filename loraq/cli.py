@@ -216,7 +216,8 @@ def _offers(kind: str) -> list[dict[str, str]]:
     for name in registry.names(f"loraq.{kind}"):
         try:
             offer = registry.offer(f"loraq.{kind}", name)
-            summary = _summary(offer.load())
+            # A kernel backend imports its compiler: it is named by where it lies.
+            summary = offer.target if kind == "kernel" else _summary(offer.load())
         except LoraqError as error:
             rows.append({"name": name, "summary": f"refused: {error}", "distribution": "", "version": ""})
             continue
