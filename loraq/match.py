@@ -102,10 +102,13 @@ def match_layers(
 
 def _with_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
     """(name, module, (out, inn) weight or None) of each submodule that has a weight of two or more dimensions."""
+    read_elsewhere: set[nn.Module] = set()
     for name, child in module.named_modules():
+        if isinstance(child, nn.TransformerEncoderLayer):  # its fast path hands these weights to one fused operation
+            read_elsewhere |= {child.linear1, child.linear2}
         own = list(child.parameters(recurse=False))
         if any(parameter.dim() >= 2 for parameter in own):
-            yield name, child, linear_weight(child)
+            yield name, child, None if child in read_elsewhere else linear_weight(child)
 
 
 def _reason_to_skip(
@@ -113,6 +116,8 @@ def _reason_to_skip(
 ) -> str | None:
     """Why a layer stays as it is, None where nothing speaks against quantizing it."""
     if weight is None:
+        if type(child) is nn.Linear:
+            return "a Linear whose weight is read by something else than its own product"
         return f"parameters of {type(child).__name__}, which is no linear layer"
     if pattern := _matching(name, pipeline.skip):
         return f"model.skip has '{pattern}'"

@@ -314,3 +314,12 @@ def test_an_unknown_diffusers_class_gets_what_its_kin_have_in_common() -> None:
         names = {layer.name for layer in layers}
         assert QUANTIZED[class_name] <= names
         assert not names & {"proj_out", "norm_out.linear", "patch_embed.proj", "x_embedder", "context_embedder"}
+
+
+def test_a_transformer_encoder_layer_still_runs_once_what_can_be_is_quantized() -> None:
+    module = nn.Sequential(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), nn.Linear(64, 64)).eval()
+    report = Pipeline([make_stage("main_quantizer", "rtn")]).quantize(module)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert any("read by something else" in each.reason for each in report.skipped)
+    with torch.inference_mode():
+        assert module(torch.zeros(2, 3, 64)).shape == (2, 3, 64)
