@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from loraq.contracts import AbstractFormat
-from loraq.formats import divided, grouped, largest, no_integers, ungrouped
+from loraq.formats import divided, largest, no_integers, scaled, ungrouped
 from loraq.layer import Coded, Part, groups_of
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ class FloatGroupFormat(AbstractFormat):
         return Coded(self, (rows, columns), group, {"codes": codes.contiguous(), "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
-        scaled = grouped(self.grid.decode(coded.codes), coded.group) * coded.scales.float().unsqueeze(-1)
-        return ungrouped(scaled, coded.shape[1]).contiguous()
+        return scaled(self.grid.decode(coded.codes), coded.scales.float(), coded.group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)
@@ -172,12 +171,12 @@ class MicroscalingFormat(AbstractFormat):
         emax = 0 if isinstance(self.grid, int) else self.grid.largest_exponent
         exponents = torch.frexp(reached).exponent - 1 - emax + _E8M0_BIAS
         exponents = torch.where(reached > 0, exponents.clamp(0, _E8M0_LARGEST), 0).to(torch.uint8)
-        scaled = divided(values, self._scales(exponents), group)
+        units = divided(values, self._scales(exponents), group)
         if isinstance(self.grid, int):
             limit = 2 ** (self.grid - 1) - 1
-            codes = scaled.round().clamp(-limit - 1 if full_range else -limit, limit).to(torch.int8)
+            codes = units.round().clamp(-limit - 1 if full_range else -limit, limit).to(torch.int8)
         else:
-            codes = self.grid.encode(scaled)
+            codes = self.grid.encode(units)
         return Coded(
             self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "exponents": exponents}
         )
@@ -190,8 +189,7 @@ class MicroscalingFormat(AbstractFormat):
     def decode(self, coded: Coded) -> Tensor:
         codes = coded.codes
         values = codes.float() if isinstance(self.grid, int) else self.grid.decode(codes)
-        scaled = grouped(values, coded.group) * self._scales(coded.parts["exponents"]).unsqueeze(-1)
-        return ungrouped(scaled, coded.shape[1]).contiguous()
+        return scaled(values, self._scales(coded.parts["exponents"]), coded.group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         if not self.integer:
@@ -241,8 +239,7 @@ class TwoLevelFloatFormat(AbstractFormat):
 
     def decode(self, coded: Coded) -> Tensor:
         scales = E4M3.decode(coded.parts["scales"]) * coded.parts["matrix_scale"]
-        scaled = grouped(E2M1.decode(coded.codes), coded.group) * scales.unsqueeze(-1)
-        return ungrouped(scaled, coded.shape[1]).contiguous()
+        return scaled(E2M1.decode(coded.codes), scales, coded.group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)

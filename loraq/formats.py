@@ -57,6 +57,11 @@ def divided(values: Tensor, scales: Tensor, group: int) -> Tensor:
     return grouped(values, group) / torch.where(divisor == 0, torch.inf, divisor)
 
 
+def scaled(values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """`values * scale` (rows, columns), each group's columns times its scale of `scales` (rows, groups)."""
+    return ungrouped(grouped(values, group) * scales.unsqueeze(-1), values.shape[1]).contiguous()
+
+
 @attrs.frozen
 class IntegerFormat(AbstractFormat):
     """Two's complement integers of `bits` bits, symmetric, one bfloat16 scale a group."""
@@ -89,8 +94,7 @@ class IntegerFormat(AbstractFormat):
         return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
-        scaled = grouped(coded.codes.float(), coded.group) * coded.scales.float().unsqueeze(-1)
-        return ungrouped(scaled, coded.shape[1]).contiguous()
+        return scaled(coded.codes.float(), coded.scales.float(), coded.group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         return coded.codes, coded.scales.float(), coded.group
@@ -142,8 +146,7 @@ class TableFormat(AbstractFormat):
 
     def decode(self, coded: Coded) -> Tensor:
         table = torch.tensor(self.table, dtype=torch.float32, device=coded.codes.device)
-        scaled = grouped(table[coded.codes.long()], coded.group) * coded.scales.float().unsqueeze(-1)
-        return ungrouped(scaled, coded.shape[1]).contiguous()
+        return scaled(table[coded.codes.long()], coded.scales.float(), coded.group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)

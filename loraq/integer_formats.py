@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from loraq.contracts import AbstractFormat
-from loraq.formats import divided, grouped, largest, ungrouped
+from loraq.formats import divided, grouped, largest, scaled, ungrouped
 from loraq.layer import Coded, Part, groups_of
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class AsymmetricFormat(AbstractFormat):
 
     def decode(self, coded: Coded) -> Tensor:
         integers, scales, group = self.integer_view(coded)
-        return ungrouped(grouped(integers.float(), group) * scales.unsqueeze(-1), coded.shape[1]).contiguous()
+        return scaled(integers.float(), scales, group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         kind = torch.int8 if self.bits < 8 else torch.int16
@@ -117,8 +117,7 @@ class TernaryFormat(AbstractFormat):
         return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
-        scaled = grouped(coded.codes.float(), coded.group) * coded.scales.float().unsqueeze(-1)
-        return ungrouped(scaled, coded.shape[1]).contiguous()
+        return scaled(coded.codes.float(), coded.scales.float(), coded.group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         return coded.codes, coded.scales.float(), coded.group
