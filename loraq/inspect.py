@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from loraq.errors import CheckpointError
 from loraq.journal import work_folder
 from loraq.report import layer_table, size, skipped_line
 from loraq.run import PROVENANCE, report_of
-from loraq.source import DTYPES, read_header
+from loraq.source import DTYPES, read_header, read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +25,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     for config_path in sorted({folder / "config.json", *folder.glob("*/config.json")}):
         if not config_path.exists():
             continue
-        config = _json(config_path)
+        config = read_json(config_path, CheckpointError)
         quantization = config.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") == "loraq":
             name = "" if config_path.parent == folder else config_path.parent.name
@@ -34,18 +33,8 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     if not components:
         raise CheckpointError(f"{folder}: nothing in it was packed by LoRaQ.")
     provenance_path = folder / PROVENANCE
-    provenance = _json(provenance_path) if provenance_path.exists() else None
+    provenance = read_json(provenance_path, CheckpointError) if provenance_path.exists() else None
     return {"folder": str(folder), "components": components, "provenance": provenance}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a JSON object.")
-    return found
 
 
 def _component(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,10 @@ import attrs
 from loraq import formats, registry
 from loraq.activation import NONE, Activation, activation
 from loraq.contracts import AbstractFormat, AbstractPacking, AbstractPreTransform
+from loraq.errors import CheckpointError
 from loraq.layer import Coded, Part
+from loraq.structure import plain as plain_options
+from loraq.structure import structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,14 +170,18 @@ class Layout:
 
 
 def strategy_to_plain(kind: str, strategy: object) -> dict[str, Any]:
-    """`{"strategy": NAME, ...options}` for a strategy that the loader will need."""
-    options = attrs.asdict(strategy, recurse=False)  # type: ignore[arg-type]  # strategies are attrs classes
+    """`{"strategy": NAME, ...options}` for a strategy that the loader will need, as a recipe would write it."""
+    options: dict[str, Any] = plain_options(strategy)
     return {"strategy": registry.name_of(f"loraq.{kind}", type(strategy))} | options
 
 
-def strategy_from_plain(kind: str, plain: Mapping[str, Any]) -> object:
-    """The way back from `strategy_to_plain`."""
-    options = {key: value for key, value in plain.items() if key != "strategy"}
-    strategy = registry.load(f"loraq.{kind}", plain["strategy"])
+def strategy_from_plain(kind: str, table: Mapping[str, Any]) -> object:
+    """The way back from `strategy_to_plain`. Raises CheckpointError for options that the strategy does not take."""
+    strategy = registry.load(f"loraq.{kind}", table["strategy"])
     assert isinstance(strategy, type)
-    return strategy(**options)
+    faults: list[str] = []
+    options = {key: value for key, value in table.items() if key != "strategy"}
+    found: object = structure(options, strategy, f"{kind} {table['strategy']}", faults)
+    if faults:
+        raise CheckpointError("; ".join(faults))
+    return found

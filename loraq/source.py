@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from safetensors import SafetensorError, safe_open
 
-from loraq.errors import ModelError, choices, did_you_mean
+from loraq.errors import InputError, ModelError, choices, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -148,7 +148,7 @@ def open_source(model: ModelSource) -> Source:
         if not (root / "config.json").exists():
             raise ModelError(f"{root} is no diffusers folder: it has neither model_index.json nor config.json.")
         return Source(root, False, (_component("", root),))
-    index = _json(index_path)
+    index = read_json(index_path)
     parts = {key: value for key, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     names = list(parts)
     for name in names:
@@ -183,20 +183,21 @@ def _fetched(model: ModelSource) -> Path:
         raise ModelError(f"model.hub: '{model.hub}' cannot be fetched ({type(error).__name__}: {reason}).") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, kind: type[InputError] = ModelError) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `kind` in a sentence where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}.") from None
+        raise kind(f"{path}: cannot be read as JSON: {error}.") from None
     if not isinstance(found, dict):
-        raise ModelError(f"{path}: expected a JSON object.")
+        raise kind(f"{path}: expected a JSON object.")
     return found
 
 
 def _component(name: str, folder: Path, library: str = "diffusers") -> Component:
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: there is no config.json.")
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if library != "diffusers" or "_class_name" not in config:
         raise ModelError(
             f"model.component: '{name or folder}' is a model of {library}, but only models of diffusers can be packed; "
@@ -221,7 +222,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     """The shards of a component, by its index if it has one."""
     index = folder / f"{WEIGHTS_NAME}.index.json"
     if index.exists():
-        weight_map = _json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index}: it has no weight_map.")
         shards = sorted({str(shard) for shard in weight_map.values()})

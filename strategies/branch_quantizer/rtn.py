@@ -28,7 +28,7 @@ class Rtn(AbstractQuantizer):
     """Rounds both factors of the branch to the nearest point of each group's grid."""
 
     weight: AbstractFormat = attrs.field(default=formats.INT8, converter=formats.named)
-    """Format of the factors's codes."""
+    """Format of the factors' codes."""
     activation: Activation = attrs.field(default=Activation(formats.INT8), converter=as_activation)
     """How the inputs of both products are rounded at run time: a format's name, {format, group} or "none"."""
     group: int | Literal["row"] = attrs.field(default=64, validator=group_validator("row"))
