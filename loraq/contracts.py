@@ -11,7 +11,8 @@ When each method is called, for one layer, in this order:
 Class rule: a class is abstract or final; a final class has all the fields, an abstract one has none; no concrete method
 is overridden. A strategy is a frozen attrs class whose fields are its options, so that a recipe's keys, the Python
 constructor and `loraq list KIND NAME` show the same thing. No method changes its arguments in place, and every method
-is a pure function of its arguments (randomness comes from `context.generator`).
+is a pure function of its arguments (randomness comes from `context.generator`, what is known of the layer's input from
+`context.statistics`).
 
 Axes: `out`, `inn` (the weight is (out, inn)), `rank`, `tokens`, `rows`, `columns`, `groups`. Floats are float32 on the
 device of the run.
@@ -20,10 +21,11 @@ device of the run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from loraq.activation import Activation
@@ -81,6 +83,57 @@ class AbstractFormat(ABC):
 
         `integers` (rows, columns) int8 or int16, `scales` (rows, groups) float32, `group` columns a scale. Called only
         where `integer` is true; raises TypeError elsewhere.
+        """
+
+
+class AbstractStatistic(ABC):
+    """One thing that calibration collects of a layer's input: a frozen attrs class whose fields are tensors.
+
+    Strategies ask for statistics by class (`AbstractCalibrated`); loraq/input_statistics.py has the usual ones.
+    """
+
+    needs_sample: ClassVar[bool]
+    """Whether `transformed` reads the token sample, which is then collected as well."""
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, inn: int, device: torch.device | str, *, sample: int) -> Self:
+        """The statistic of no token, of an input of `inn` channels; `sample` tokens are kept where tokens are kept."""
+
+    @abstractmethod
+    def observed(self, tokens: Tensor, generator: torch.Generator) -> Self:
+        """The statistic with `tokens` (tokens, inn) float32 counted in. May write into its own tensors."""
+
+    @abstractmethod
+    def merged(self, other: Self) -> Self:
+        """The statistic of both lots of tokens."""
+
+    @abstractmethod
+    def transformed(self, transform: Callable[[Tensor], Tensor], sample: Tensor) -> Self:
+        """The statistic of x̃ = transform(x), a linear map; `sample` (tokens, inn) of x may be empty, see `needs_sample`."""
+
+
+class AbstractCalibrated(ABC):
+    """What a strategy adds to its contract to be told of the layer's input: `context.statistics[Gram]`.
+
+    A pre-transform is told of the input that reaches it, all other strategies of x̃. A recipe without such a strategy
+    never calibrates.
+    """
+
+    @property
+    @abstractmethod
+    def statistics(self) -> frozenset[type[AbstractStatistic]]:
+        """The statistics that this strategy, with its options, reads; empty where the options make it data-free."""
+
+
+class AbstractConditional(ABC):
+    """What a strategy adds to its contract when it does not go with everything."""
+
+    @abstractmethod
+    def objection(self, recipe: LayerRecipe) -> str | None:
+        """Why it does not go with the rest of `recipe`, None where it does. Called by `bind`, before weights are read.
+
+        The sentence begins with the strategy's name and ends with what would do; it becomes an InputError.
         """
 
 
@@ -150,7 +203,8 @@ class AbstractLowRank(ABC):
     ) -> Fit:
         """`weight` (out, inn) ≈ main + up @ down, with both factors rounded by `branch`. Called once a layer.
 
-        The answer is never worse, in squared error, than `main.encode(weight)` alone.
+        The answer is never worse than `main.encode(weight)` alone, judged by `factors.error`: the error of the output
+        where the input's Gram matrix is known, else of the weight.
         """
 
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from loraq.contracts import AbstractQuantizer
+from loraq.input_statistics import Gram
 from loraq.layer import Coded, Fit, LayerContext
 
 if TYPE_CHECKING:
@@ -63,11 +64,24 @@ def without_branch(
     return Fit(only, down, up)
 
 
-def best(weight: Tensor, fits: list[Fit]) -> Fit:
-    """The fit of least squared error; of equals the first."""
-    return min(fits, key=lambda fit: error(weight, fit))
+def best(weight: Tensor, fits: list[Fit], context: LayerContext) -> Fit:
+    """The fit of least error, as `error` judges; of equals the first."""
+    return min(fits, key=lambda fit: error(weight, fit, context))
 
 
-def error(weight: Tensor, fit: Fit) -> float:
-    """`||weight - fit||`, in float64 so that a small weight's squares do not underflow."""
-    return float(torch.linalg.vector_norm(weight.double() - fit.decode().double()))
+def error(weight: Tensor, fit: Fit, context: LayerContext | None = None) -> float:
+    """How far `fit` is from `weight`: of the output where the input's Gram matrix is known, else of the weight."""
+    return deviation(weight - fit.decode(), context)
+
+
+def deviation(difference: Tensor, context: LayerContext | None = None) -> float:
+    """The norm of a `difference` (out, inn) of two weights, float64 so that small weights' squares do not underflow.
+
+    Where `context` knows the input's Gram matrix, the root mean square over tokens of what the difference does to the
+    output, `sqrt(tr(D E[x xᵀ] Dᵀ))`; else the Frobenius norm.
+    """
+    gram = None if context is None else context.statistics.get(Gram)
+    values = difference.double()
+    if gram is None:
+        return float(torch.linalg.vector_norm(values))
+    return math.sqrt(max(0.0, float((values @ gram.mean.double()).mul_(values).sum())))

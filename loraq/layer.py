@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loraq.contracts import AbstractFormat
+    from loraq.input_statistics import InputStatistics
 
 
 @attrs.frozen
@@ -133,16 +134,25 @@ class Fit:
         return weight
 
 
+def _no_statistics() -> InputStatistics:
+    from loraq.input_statistics import NOTHING
+
+    return NOTHING
+
+
 @attrs.frozen(eq=False)
 class LayerContext:
     """What a strategy may know of the layer at hand beside its weight.
 
     `name` is the layer's dotted name, for messages; `generator` is the only source of randomness that a strategy may
     use: it is seeded by the recipe's seed and the layer's name alone, so that no order and no restart changes a bit.
+    `statistics` is what calibration found of the input that the weight at hand is multiplied with: what the recipe's
+    strategies asked for, nothing where none did.
     """
 
     name: str
     generator: torch.Generator
+    statistics: InputStatistics = attrs.field(factory=_no_statistics)
 
 
 @attrs.frozen
@@ -151,7 +161,8 @@ class LayerRecord:
 
     Errors are relative, `||W̃ - Ŵ|| / ||W̃||`, of the transformed weight: `error_before` with the main quantizer alone,
     `error_after` with the branch. `stored_bytes` counts all tensors of the packed layer but the bias, `effective_bits`
-    is that per weight.
+    is that per weight. `output_error_before` and `output_error_after` are the same of the output where its input is
+    known by calibration, `||x̃ (W̃ - Ŵ)ᵀ|| / ||x̃ W̃ᵀ||`, the rounding of activations left out; None elsewhere.
     """
 
     name: str
@@ -163,6 +174,8 @@ class LayerRecord:
     stored_bytes: int
     seconds: float
     source_digest: str
+    output_error_before: float | None = None
+    output_error_after: float | None = None
 
     @property
     def weights(self) -> int:

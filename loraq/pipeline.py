@@ -11,6 +11,7 @@ bytes: the only randomness comes from a generator that is seeded by (seed, layer
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,19 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from loraq.activation import NONE
-from loraq.contracts import AbstractLowRank, AbstractPacking, AbstractPreTransform, AbstractQuantizer, AbstractStage
+from loraq.contracts import (
+    AbstractCalibrated,
+    AbstractConditional,
+    AbstractLowRank,
+    AbstractPacking,
+    AbstractPreTransform,
+    AbstractQuantizer,
+    AbstractStage,
+    AbstractStatistic,
+)
 from loraq.errors import InputError, LoraqError, ModelError
+from loraq.factors import deviation
+from loraq.input_statistics import NOTHING, Gram, InputStatistics, TokenSample
 from loraq.layer import Fit, LayerContext, LayerRecord
 
 if TYPE_CHECKING:
@@ -53,6 +65,20 @@ class LayerRecipe:
     packing: AbstractPacking | None = None
     before_fit: tuple[Callable[[Tensor, LayerContext], Tensor], ...] = ()
     after_fit: tuple[Callable[[Fit, Tensor, LayerContext], Fit], ...] = ()
+
+    @property
+    def strategies(self) -> tuple[object, ...]:
+        """All strategies that are set, in the order in which they work."""
+        rest = (self.main, self.low_rank, self.branch, self.packing)
+        return (*self.transforms, *(each for each in rest if each is not None))
+
+    @property
+    def statistics(self) -> frozenset[type[AbstractStatistic]]:
+        """What calibration must collect of the layer's input; empty for a data-free recipe."""
+        asked = {kind for each in self.strategies if isinstance(each, AbstractCalibrated) for kind in each.statistics}
+        if self.transforms and any(kind.needs_sample for kind in asked):
+            asked.add(TokenSample)
+        return frozenset(asked)
 
     def rank_for(self, out: int, inn: int) -> int:
         """The branch's rank in an (out, inn) layer."""
@@ -123,6 +149,10 @@ def bind(stages: Sequence[AbstractStage]) -> LayerRecipe:
     for kind, name in _DEFAULTS.items():
         if kind not in seen:
             recipe = make_stage(kind, name).bind(recipe)
+    for strategy in recipe.strategies:
+        objection = strategy.objection(recipe) if isinstance(strategy, AbstractConditional) else None
+        if objection is not None:
+            raise InputError(objection)
     return recipe
 
 
@@ -164,10 +194,22 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
     return float((weight - approximation).double().norm()) / norm if norm > 0 else 0.0
 
 
-def quantize_layer(name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int) -> QuantizedLayer:
+def _relative_output_error(weight: Tensor, approximation: Tensor, context: LayerContext) -> float | None:
+    """`||x (weight - approximation)ᵀ|| / ||x weightᵀ||` where the input's Gram matrix is known."""
+    if context.statistics.get(Gram) is None:
+        return None
+    norm = deviation(weight, context)
+    return deviation(weight - approximation, context) / norm if norm > 0 else 0.0
+
+
+def quantize_layer(
+    name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int, statistics: InputStatistics = NOTHING
+) -> QuantizedLayer:
     """One layer through the pipeline: `weight` (out, inn), any float dtype, on the device of the run.
 
-    Raises ModelError for a weight that is not finite, LoraqError for a strategy that breaks its contract.
+    `statistics` is what calibration found of the layer's input: at least what `recipe.statistics` names. Raises
+    ModelError for a weight that is not finite or statistics that are missing, LoraqError for a strategy that breaks its
+    contract.
     """
     started = time.perf_counter()
     digest = hashlib.sha256(tensor_bytes(weight)).hexdigest()
@@ -177,19 +219,29 @@ def quantize_layer(name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int)
     if not bool(torch.isfinite(values).all()):
         kind = "NaN" if bool(torch.isnan(values).any()) else "an infinite value"
         raise ModelError(f"layer '{name}': its weight has {kind}; mend the model, or skip the layer with model.skip.")
+    missing = sorted(kind.__name__ for kind in recipe.statistics if statistics.get(kind) is None)
+    if missing:
+        raise ModelError(
+            f"layer '{name}': its strategies read {', '.join(missing)} of its input, and nothing was calibrated; "
+            "give prompts in [calibration], or a callable to `Pipeline.quantize(..., calibrate=...)`."
+        )
     bound = _bound(recipe)
     layout = recipe.layout(*weight.shape)
     with torch.no_grad():
         transformed = values
-        context = LayerContext(name, layer_generator(seed, name, weight.device))
+        context = LayerContext(name, layer_generator(seed, name, weight.device), statistics)
         parts: dict[str, Tensor] = {}
         for index, transform in enumerate(recipe.transforms):
             online = transform.prepare(transformed, context)
             parts |= {f"transform.{index}.{key}": tensor for key, tensor in online.items()}
             transformed = transform.weight(transformed, online)
+            moved = context.statistics.transformed(functools.partial(transform.input, tensors=online))
+            context = attrs.evolve(context, statistics=moved)
         for before in recipe.before_fit:
             transformed = before(transformed, context)
-        error_before = relative_error(transformed, bound.main.encode(transformed, context).decode())
+        alone = bound.main.encode(transformed, context).decode()
+        error_before = relative_error(transformed, alone)
+        output_error_before = _relative_output_error(transformed, alone, context)
         fit = bound.low_rank.fit(transformed, bound.main, bound.branch, layout.rank, context)
         for after in recipe.after_fit:
             fit = after(fit, transformed, context)
@@ -198,7 +250,9 @@ def quantize_layer(name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int)
             if coded is not None:
                 parts |= {f"{matrix}.{key}": tensor for key, tensor in coded.parts.items()}
         tensors = {key: tensor.cpu() for key, tensor in layout.pack(parts).items()}
-        error_after = relative_error(transformed, fit.decode())
+        found = fit.decode()
+        error_after = relative_error(transformed, found)
+        output_error_after = _relative_output_error(transformed, found, context)
     record = LayerRecord(
         name=name,
         out=layout.out,
@@ -209,6 +263,8 @@ def quantize_layer(name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int)
         stored_bytes=layout.stored_bytes,
         seconds=time.perf_counter() - started,
         source_digest=digest,
+        output_error_before=output_error_before,
+        output_error_after=output_error_after,
     )
     return QuantizedLayer(layout, tensors, record)
 

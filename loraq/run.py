@@ -216,7 +216,7 @@ def report_of(provenance: Mapping[str, Any]) -> Report:
 
 
 def _record(plain: Mapping[str, Any]) -> LayerRecord:
-    return LayerRecord(**{field.name: plain[field.name] for field in attrs.fields(LayerRecord)})
+    return LayerRecord(**{field.name: plain[field.name] for field in attrs.fields(LayerRecord) if field.name in plain})
 
 
 def _write_components(

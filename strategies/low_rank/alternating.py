@@ -41,6 +41,6 @@ class Alternating(AbstractLowRank):
         for _ in range(self.rounds + 1):  # the first is the start: SVDQuant's branch
             up, down = factors.coded(*factors.truncated_svd(target, rank), branch, context)
             fit = factors.finished(weight, up, down, main, context)
-            best = factors.best(weight, [best, fit])
+            best = factors.best(weight, [best, fit], context)
             target = weight - fit.main.decode()
         return best

@@ -38,4 +38,4 @@ class ErrorSvd(AbstractLowRank):
             return none
         error = weight - none.main.decode()
         up, down = factors.coded(*factors.truncated_svd(error, rank), branch, context)
-        return factors.best(weight, [Fit(none.main, down, up), none])
+        return factors.best(weight, [Fit(none.main, down, up), none], context)

@@ -72,7 +72,7 @@ class Loraq(AbstractLowRank):
         bases = [(up @ turn, turn.T @ down), (up, down)]
         up, down = min(bases, key=lambda pair: _rounding_noise(pair[0], pair[1], branch))
         trained = self._trained(weight, up, down, main, branch)
-        return factors.best(weight, [factors.finished(weight, *trained, main, context), start, none])
+        return factors.best(weight, [factors.finished(weight, *trained, main, context), start, none], context)
 
     def _trained(
         self, weight: Tensor, up: Tensor, down: Tensor, main: AbstractQuantizer, branch: AbstractQuantizer

@@ -36,4 +36,4 @@ class Svd(AbstractLowRank):
         if rank == 0:
             return none
         up, down = factors.coded(*factors.truncated_svd(weight, rank), branch, context)
-        return factors.best(weight, [factors.finished(weight, up, down, main, context), none])
+        return factors.best(weight, [factors.finished(weight, up, down, main, context), none], context)
