@@ -110,7 +110,7 @@ class AbstractStatistic(ABC):
 
     @abstractmethod
     def transformed(self, transform: Callable[[Tensor], Tensor], sample: Tensor) -> Self:
-        """The statistic of x̃ = transform(x), a linear map; `sample` (tokens, inn) of x may be empty, see `needs_sample`."""
+        """The statistic of x̃ = transform(x), a linear map; `sample` (tokens, inn) of x, empty unless `needs_sample`."""
 
 
 class AbstractCalibrated(ABC):
