@@ -25,7 +25,9 @@ class LazyModule(ModuleType):
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__") and attribute.endswith("__"):  # introspection must not import torch
             raise AttributeError(attribute)
-        return getattr(importlib.import_module(self.__name__), attribute)
+        found = getattr(importlib.import_module(self.__name__), attribute)
+        self.__dict__[attribute] = found  # so that a loop of small operations does not pay for the import each time
+        return found
 
 
 torch = LazyModule("torch")

@@ -1,0 +1,96 @@
+"""One step of a fit's loop: what the main quantizer's rounding leaves of `weight - up @ down`.
+
+    R = W - up @ down        E = R - Qw(R)
+
+E is what the branch can still make up for. `ResidualRounding` keeps what one step hands to the next, the scales of the
+main codes, from which the next step's search begins.
+
+Where the main quantizer rounds plainly to integers on the CPU (`AbstractPlainRounding`), subtraction, search, rounding
+and E are one pass of a Numba kernel (loraq/residual_numba.py), 0.9 ns a weight on one AVX-512 core where the torch
+reference here takes a dozen passes. Elsewhere the quantizer's own `round` is called. Both may disagree in codes that
+lie within float rounding of the middle between two, and so agree to the loss's last digits, not bit for bit.
+
+Loops need their products E downᵀ and upᵀ E to no more than a percent, so these run in bfloat16 where the device
+multiplies it faster than float32: four times as fast on a core with AVX512-BF16 (docs/notes/fits.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+from loraq import formats
+from loraq.contracts import AbstractPlainRounding, AbstractQuantizer
+from loraq.layer import Coded
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from loraq import residual_numba
+else:
+    from loraq.lazy import torch
+
+
+@functools.cache
+def product_dtype(device_type: str) -> torch.dtype:
+    """The dtype in which a loop multiplies on this kind of device: bfloat16 where that is fast, else float32."""
+    if device_type == "cpu":
+        import llvmlite.binding
+
+        features = llvmlite.binding.get_host_cpu_features()
+        return torch.bfloat16 if features.get("avx512bf16") or features.get("amx-bf16") else torch.float32
+    return torch.bfloat16
+
+
+class ResidualRounding:
+    """The rounding error that `main` leaves of `weight` (out, inn) less a product, step after step.
+
+    `weight` may be given in any `unit`: codes are those of `weight * unit`. With `crest` above 0 an error counts the
+    more the nearer it is to half a step of the grid, E (1 - crest + crest (2 E / step)²): those are the weights whose
+    codes are about to flip, and where the branch's own rounding is coarse they alone are worth moving. Only integer
+    formats have one step a group; others are not weighted.
+    """
+
+    def __init__(self, weight: Tensor, main: AbstractQuantizer, *, unit: float = 1.0, crest: float = 0.0) -> None:
+        self._weight = weight
+        self._main = main
+        self._unit = unit
+        self.crest = crest
+        self._guess: Coded | None = None
+        self._fused: residual_numba.Fused | None = None
+        plain = isinstance(main, AbstractPlainRounding) and main.scale == "search"
+        if plain and isinstance(main.format, formats.IntegerFormat) and weight.device.type == "cpu":
+            from loraq.residual_numba import Fused  # compiles, or loads what it compiled before: only where it is used
+
+            self._fused = Fused(weight, main.format, main.group_for(weight.shape[1]))
+
+    def start(self, product: Tensor) -> tuple[float, float]:
+        """The root mean squares of R and E for `product` (out, inn), with scales searched anew."""
+        residual = self._weight - product.float()
+        self._guess = self._main.round(residual * self._unit)
+        error = residual - self._guess.decode() / self._unit
+        if self._fused is not None:
+            self._fused.scales = (self._guess.scales.float() / self._unit).contiguous()
+        return root_mean_square(residual), root_mean_square(error)
+
+    def step(self, product: Tensor) -> tuple[Tensor, float]:
+        """(E weighted by crest, in the dtype of `product`, and ||E||) for `product` (out, inn)."""
+        if self._fused is not None:
+            return self._fused.step(product, self.crest)
+        residual = self._weight - product.float()
+        self._guess = self._main.round(residual * self._unit, self._guess)
+        error = residual - self._guess.decode() / self._unit
+        loss = float(torch.linalg.vector_norm(error))
+        if self.crest > 0 and self._guess.format.integer:
+            _, scales, group = self._guess.format.integer_view(self._guess)
+            steps = formats.grouped(error, group) / torch.where(scales > 0, scales / self._unit, torch.inf).unsqueeze(2)
+            share = (2 * formats.ungrouped(steps, error.shape[1])).square_().clamp_(max=4)
+            error = error * (1 - self.crest + self.crest * share)
+        return error.to(product.dtype), loss
+
+
+def root_mean_square(values: Tensor) -> float:
+    """The root mean square of all elements; 0 of none."""
+    return float(torch.linalg.vector_norm(values)) / math.sqrt(max(1, values.numel()))

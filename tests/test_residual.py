@@ -1,0 +1,124 @@
+"""One step of a fit's loop: the compiled pass against its plain reference, and what both promise."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loraq.strategies.main_quantizer.rtn import Rtn
+
+from loraq import factors, formats, residual_numba
+from loraq.residual import ResidualRounding, product_dtype
+from matrices import seeded, trained
+
+SHAPES = ((2, 16), (3, 40), (2, 64), (9, 130))
+
+
+def stepped(
+    weight: torch.Tensor, products: list[torch.Tensor], main: Rtn, crest: float, *, fused: bool
+) -> tuple[list[torch.Tensor], list[float]]:
+    """The errors and losses of the steps of `products`, compiled or by the reference."""
+    rounding = ResidualRounding(weight, main, crest=crest)
+    assert rounding._fused is not None
+    if not fused:
+        rounding._fused = None
+    rounding.start(products[0])
+    found = [rounding.step(product) for product in products]
+    return [errors.clone() for errors, _ in found[-1:]], [loss for _, loss in found]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(SHAPES),
+    st.integers(0, 1000),
+    st.sampled_from(("int3", "int4", "int8")),
+    st.sampled_from((5, 16, 64)),
+    st.sampled_from((0.0, 0.4, 1.0)),
+    st.sampled_from((torch.bfloat16, torch.float32)),
+)
+def test_the_compiled_pass_is_the_reference(
+    shape: tuple[int, int], seed: int, width: str, group: int, crest: float, dtype: torch.dtype
+) -> None:
+    """To float rounding: an error may be another where a weight lies in the middle of two codes, the loss may not."""
+    weight = trained(*shape, seed=seed)
+    products = [
+        (seeded(*shape, seed=seed) + 0.02 * step * seeded(*shape, seed=seed + step)).to(dtype) for step in range(3)
+    ]
+    main = Rtn(weight=width, group=group)
+    errors, losses = stepped(weight, products, main, crest, fused=True)
+    expected_errors, expected_losses = stepped(weight, products, main, crest, fused=False)
+    # The reference's scales are those of bfloat16, the compiled ones are not: errors differ by its rounding.
+    slack = 0.01 * max(float((weight - product.float()).norm()) for product in products)
+    assert losses == pytest.approx(expected_losses, rel=5e-2, abs=slack)
+    assert errors[0].dtype == dtype
+    assert float(errors[0].float().norm()) == pytest.approx(
+        float(expected_errors[0].float().norm()), rel=0.2, abs=slack * (1 + 3 * crest)
+    )
+
+
+def test_crest_counts_what_is_about_to_flip() -> None:
+    """Half a step counts in full, a quarter of a step a quarter as much, and no error nothing."""
+    weight = torch.tensor([[7.0, 1.49, 2.25, 3.0]])
+    rounding = ResidualRounding(weight, Rtn(group=4, scale="amax"), crest=1.0)
+    rounding.start(torch.zeros(1, 4))
+    errors, loss = rounding.step(torch.zeros(1, 4))
+    assert errors[0].tolist() == pytest.approx([0, 0.49 * 0.98**2, 0.25 * 0.25, 0], abs=1e-5)
+    assert loss == pytest.approx(math.hypot(0.49, 0.25), rel=1e-5)
+
+
+def test_a_group_that_was_all_zero_finds_a_scale() -> None:
+    """A product may bring life to a group whose scale was 0."""
+    weight = torch.zeros(2, 64)
+    rounding = ResidualRounding(weight, Rtn())
+    rounding.start(torch.zeros(2, 64))
+    product = seeded(2, 64)
+    _, loss = rounding.step(product)
+    assert loss < 0.2 * float(product.norm())
+
+
+@given(st.sampled_from(((1, 1), (5, 3), (7, 130))), st.integers(0, 100), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_moved_rounds_where_it_moved(shape: tuple[int, int], seed: int, rows: bool) -> None:
+    """The compiled move against plain torch."""
+    rows_, columns = shape
+    values, direction = seeded(*shape, seed=seed), seeded(*shape, seed=seed + 1).bfloat16()
+    squares = residual_numba.squares(direction, rows=rows)
+    assert torch.allclose(squares, direction.float().square().sum(dim=1 if rows else 0, keepdim=True), rtol=1e-5)
+    lengths = seeded(*squares.shape, seed=seed + 2).abs()
+    coded = formats.INT4.encode(values, 64)
+    scales = coded.scales.float()
+    expected = values + lengths * direction.float()
+    found = residual_numba.moved(values, direction, lengths, scales, 64, 7)
+    assert torch.allclose(values, expected, rtol=1e-5, atol=1e-6)
+    steps = formats.scaled(torch.ones(rows_, columns), scales, 64)
+    clamped = torch.maximum(torch.minimum(expected, 7 * steps), -8 * steps)
+    assert ((found.float() - clamped).abs() <= 0.51 * steps + 0.01 * clamped.abs()).all()
+
+
+def test_products_run_in_a_dtype_that_torch_multiplies() -> None:
+    """Whatever the processor says of itself."""
+    dtype = product_dtype("cpu")
+    assert dtype in (torch.bfloat16, torch.float32)
+    assert product_dtype("cuda") == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (64, 900)])
+@pytest.mark.parametrize("rank", [1, 5, 40])
+def test_approximate_svd_leaves_hardly_more_than_the_best(shape: tuple[int, int], rank: int) -> None:
+    """Both ways, by eigenvectors and by a random projection."""
+    weight = trained(*shape)
+    up, down = factors.approximate_svd(weight, rank, torch.Generator().manual_seed(0))
+    best_up, best_down = factors.truncated_svd(weight, rank)
+    assert (up.shape, down.shape) == (best_up.shape, best_down.shape)
+    assert float((weight - up @ down).norm()) <= 1.03 * float((weight - best_up @ best_down).norm())
+    assert up.norm(dim=0).tolist() == pytest.approx(down.norm(dim=1).tolist(), rel=1e-2)
+
+
+@pytest.mark.parametrize("rank", [1, 9])
+def test_approximate_svd_of_little(rank: int) -> None:
+    """A weight of less rank than asked for, and one smaller than that."""
+    for weight in (torch.ones(6, 4), torch.zeros(6, 4), torch.ones(1, 1)):
+        up, down = factors.approximate_svd(weight, rank, torch.Generator().manual_seed(0))
+        assert (up.shape[1], down.shape[0]) == (rank, rank)
+        assert torch.allclose(up @ down, weight, atol=1e-4)
