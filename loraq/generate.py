@@ -19,16 +19,9 @@ def generate_pictures(
     folder: Path, prompts: Sequence[str], output: Path, seed: int, device: str, settings: Sequence[str]
 ) -> list[Path]:
     """Draw a picture for each prompt; several are numbered. Returns their paths."""
-    from loraq.recipe import toml_value
-
     if output.suffix.lower() not in Image.registered_extensions():
         raise InputError(f"--output {output}: a picture's name ends in .png or .jpg.")
-    call = _recorded_call(folder)
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name:
-            raise InputError(f"--call {setting}: expected name=value, such as num_inference_steps=20.")
-        call[name] = toml_value(value)
+    call = call_of(folder, settings)
     pipeline = load_pipeline(folder, resolved_device(device))
     pictures = draw(pipeline, prompts, seed, call, "drawing")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -40,13 +33,27 @@ def generate_pictures(
     return paths
 
 
-def _recorded_call(folder: Path) -> dict[str, Any]:
-    """The call's arguments that the recipe of a quantized folder drew its samples with; nothing where there is none."""
+def call_of(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """The arguments of the pipeline's call: the recorded samples' of `folder`, and over them `settings`, name=value."""
+    from loraq.recipe import toml_value
+
+    call = dict(recorded_samples(folder).get("call", {}))
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise InputError(f"--call {setting}: expected name=value, such as num_inference_steps=20.")
+        call[name] = toml_value(value)
+    return call
+
+
+def recorded_samples(folder: Path) -> dict[str, Any]:
+    """The table [samples] of the recipe that made a quantized folder; empty where there is none."""
     path = folder / PROVENANCE
     if not path.exists():
         return {}
     try:
-        samples = json.loads(path.read_text(encoding="utf-8"))["recipe"].get("samples") or {}
-        return dict(samples.get("call", {}))
+        samples = dict(json.loads(path.read_text(encoding="utf-8"))["recipe"].get("samples") or {})
+        dict(samples.get("call", {}))
+        return samples
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error!r}).") from None
