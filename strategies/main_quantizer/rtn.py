@@ -14,7 +14,7 @@ import attrs
 from loraq import formats, rounding
 from loraq.activation import Activation, group_validator
 from loraq.activation import activation as as_activation
-from loraq.contracts import AbstractFormat, AbstractQuantizer
+from loraq.contracts import AbstractFormat, AbstractPlainRounding, AbstractQuantizer
 from loraq.layer import Coded, LayerContext
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(kw_only=True)
-class Rtn(AbstractQuantizer):
+class Rtn(AbstractQuantizer, AbstractPlainRounding):
     """Rounds the weight to the nearest point of each group's grid."""
 
     weight: AbstractFormat = attrs.field(default=formats.INT4, converter=formats.named)

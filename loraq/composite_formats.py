@@ -1,0 +1,232 @@
+"""Number formats made of several integer grids: rows of different widths, and codes with a binary residual.
+
+    int3_mixed, int4_mixed      output channels of N - 1, N and N + 1 bits, N on average (MPQ-DM, arXiv 2412.11549)
+    int1_binary to int3_binary  N-bit codes plus one more sign with a scale of its own (MPQ-DMv2, arXiv 2507.04290)
+
+**Mixed widths.** As many rows have N - 1 bits as N + 1, so that the bytes are known before any weight is read and do
+not depend on which rows those are. Every row stores N - 1 bits a code, the codes' upper bits, and one bit plane. A row
+of N bits finds its lowest bit in its own plane; the k-th row of N + 1 bits has its two lowest bits in its own plane and
+in that of the k-th row of N - 1 bits, which needs none.
+
+**Binary residual.** value = scale * (code + 1/2) + residual_scale * sign: 2^(N+1) points a group, two copies of an
+N-bit grid as far apart as the group needs, symmetric about 0. Unfitted, they are one even grid of N + 1 bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from loraq.contracts import AbstractFormat
+from loraq.formats import IntegerFormat, grouped, largest, no_integers, recoded, scaled, ungrouped
+from loraq.layer import Coded, Part, groups_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from loraq.lazy import torch
+
+
+@attrs.frozen
+class MixedWidthFormat(AbstractFormat):
+    """Two's complement integers, rows of `bits` - 1, `bits` and `bits` + 1 bits; a bfloat16 scale a group.
+
+    The part "widths" (1, rows) holds 0, 1 or 2 for them. `encode` gives more bits to the rows that gain most of them.
+    """
+
+    name: str
+    bits: int = attrs.field(validator=[attrs.validators.ge(3), attrs.validators.le(7)])
+
+    @property
+    def integer(self) -> bool:
+        return True
+
+    @property
+    def block(self) -> int | None:
+        return None
+
+    @property
+    def grids(self) -> tuple[IntegerFormat, IntegerFormat, IntegerFormat]:
+        """The formats of the rows of `bits` - 1, `bits` and `bits` + 1 bits."""
+        low, middle, high = (IntegerFormat(f"int{bits}", bits) for bits in range(self.bits - 1, self.bits + 2))
+        return low, middle, high
+
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        return {
+            "codes": Part.codes(rows, columns, self.bits - 1),
+            "planes": Part.codes(rows, columns, 1, signed=False),
+            "widths": Part.codes(1, rows, 2, signed=False),
+            "scales": Part((rows, groups_of(columns, group)), "bfloat16", 16),
+        }
+
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        choices = [grid.encode(values, group, limits, full_range=full_range) for grid in self.grids]
+        errors = torch.stack([(values - choice.decode()).double().square().sum(dim=1) for choice in choices])
+        return self.joined(choices, split(errors))
+
+    def joined(self, choices: list[Coded], widths: Tensor) -> Coded:
+        """The rows of `choices`, all of the same matrix in the three grids: row r from `choices[widths[r]]`."""
+        picked = torch.arange(len(widths), device=widths.device)
+        scales = torch.stack([choice.scales for choice in choices])[widths, picked]
+        codes = torch.stack([choice.codes for choice in choices])[widths, picked]
+        return self.with_rows(widths, codes, scales, choices[0].group)
+
+    def with_rows(self, widths: Tensor, codes: Tensor, scales: Tensor, group: int) -> Coded:
+        """The coded matrix of these `codes` (rows, columns) int8, each within its row's width of `widths` (rows,)."""
+        blank = {
+            "codes": torch.zeros_like(codes),
+            "planes": torch.zeros_like(codes, dtype=torch.uint8),
+            "widths": widths.to(torch.uint8).unsqueeze(0),
+            "scales": scales,
+        }
+        return self._with_integers(Coded(self, (codes.shape[0], codes.shape[1]), group, blank), codes)
+
+    def widths(self, coded: Coded) -> Tensor:
+        """0, 1 or 2 for each row of `bits` - 1, `bits` or `bits` + 1 bits, (rows,) int64."""
+        return coded.parts["widths"][0].long()
+
+    def _with_integers(self, coded: Coded, codes: Tensor) -> Coded:
+        """`coded` with the given codes (rows, columns), each within its row's width."""
+        widths = self.widths(coded)
+        low, high = (widths == 0).nonzero().squeeze(1), (widths == 2).nonzero().squeeze(1)
+        planes = codes & 1
+        planes[high] = (codes[high] >> 1) & 1
+        planes[low] = codes[high] & 1  # as many of the one as of the other
+        parts = {
+            **coded.parts,
+            "codes": (codes >> widths.to(codes.dtype).unsqueeze(1)).to(torch.int8).contiguous(),
+            "planes": planes.to(torch.uint8).contiguous(),
+        }
+        return attrs.evolve(coded, parts=parts)
+
+    def integers(self, coded: Coded) -> Tensor:
+        """The codes, (rows, columns) int8."""
+        widths = self.widths(coded)
+        low, high = (widths == 0).nonzero().squeeze(1), (widths == 2).nonzero().squeeze(1)
+        codes, planes = coded.codes, coded.parts["planes"].to(torch.int8)
+        integers = (codes << 1) | planes
+        integers[high] = (integers[high] << 1) | planes[low]
+        integers[low] = codes[low]
+        return integers
+
+    def decode(self, coded: Coded) -> Tensor:
+        return scaled(self.integers(coded).float(), coded.scales.float(), coded.group)
+
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        return self.integers(coded), coded.scales.float(), coded.group
+
+    def points(self, coded: Coded) -> Tensor:
+        halves = 2 ** (self.bits - 2 + self.widths(coded)).unsqueeze(1)  # (rows, 1): how many codes are negative
+        steps = torch.arange(2 ** (self.bits + 1), device=halves.device)
+        levels = torch.minimum(steps, 2 * halves - 1) - halves
+        return levels.float().unsqueeze(1) * coded.scales.float().unsqueeze(-1)
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        halves = 2 ** (self.bits - 2 + self.widths(coded)).unsqueeze(1)
+        return self._with_integers(coded, torch.minimum(indices, 2 * halves - 1) - halves)
+
+
+def split(errors: Tensor, order: Tensor | None = None) -> Tensor:
+    """Which rows get fewer bits (0) and which more (2), (rows,) int64, from each row's `errors` (3, rows) by width.
+
+    The first rows of `order` may get more bits and as many of its last ones fewer; as many move as leave the least sum
+    of errors. Without `order`, the rows whose error depends most on their width come first.
+    """
+    few, middle, many = errors
+    if order is None:
+        order = torch.argsort(few - many, descending=True, stable=True)
+    pairs = len(order) // 2
+    gained = (middle - many)[order[:pairs]]
+    lost = (few - middle)[order.flip(0)[:pairs]]
+    savings = torch.cumsum(gained - lost, dim=0)
+    moved = int(savings.argmax()) + 1 if pairs and float(savings.max()) > 0 else 0
+    widths = torch.ones_like(order)
+    widths[order[:moved]] = 2
+    widths[order.flip(0)[:moved]] = 0
+    return widths
+
+
+@attrs.frozen
+class BinaryResidualFormat(AbstractFormat):
+    """value = scale * (code + 1/2) + residual_scale * sign: codes of `bits` - 1 bits, and two bfloat16 scales a group.
+
+    A group that is all zeros has scales of 0; elsewhere 0 need not be a point.
+    """
+
+    name: str
+    bits: int = attrs.field(validator=[attrs.validators.ge(2), attrs.validators.le(8)])
+
+    @property
+    def integer(self) -> bool:
+        return False
+
+    @property
+    def block(self) -> int | None:
+        return None
+
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)
+        return {
+            "codes": Part.codes(rows, columns, self.bits - 1),
+            "signs": Part.codes(rows, columns, 1, signed=False),  # 1 is plus
+            "scales": scales,
+            "residual_scales": scales,
+        }
+
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        del full_range  # every point is in use
+        scales = self.even_scales(largest(values, group) if limits is None else limits)
+        return self.rounded(values, group, scales, scales / 4)
+
+    def even_scales(self, limits: Tensor) -> Tensor:
+        """The scales with which, the residual's being a quarter of them, an even grid reaches to `limits`."""
+        return limits / ((1 << (self.bits - 2)) - 0.25)
+
+    def rounded(self, values: Tensor, group: int, scales: Tensor, residual_scales: Tensor) -> Coded:
+        """`values` (rows, columns) at the nearest points under the given scales, both (rows, groups)."""
+        parts = {
+            "codes": torch.zeros(values.shape, dtype=torch.int8, device=values.device),
+            "signs": torch.zeros(values.shape, dtype=torch.uint8, device=values.device),
+            "scales": scales.to(torch.bfloat16),
+            "residual_scales": residual_scales.to(torch.bfloat16),
+        }
+        return recoded(values, Coded(self, (values.shape[0], values.shape[1]), group, parts))
+
+    def decode(self, coded: Coded) -> Tensor:
+        codes = grouped(coded.codes.float() + 0.5, coded.group) * coded.scales.float().unsqueeze(-1)
+        signs = grouped(coded.parts["signs"].float() * 2 - 1, coded.group)
+        residual = signs * coded.parts["residual_scales"].float().unsqueeze(-1)
+        return ungrouped(codes + residual, coded.shape[1]).contiguous()
+
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        raise no_integers(self)
+
+    def points(self, coded: Coded) -> Tensor:
+        return self._ladder(coded)[0]
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        _, order = self._ladder(coded)
+        chosen = ungrouped(order.gather(-1, grouped(indices, coded.group)), coded.shape[1])
+        parts = {
+            **coded.parts,
+            "codes": ((chosen >> 1) - 2 ** (self.bits - 2)).to(torch.int8).contiguous(),
+            "signs": (chosen & 1).to(torch.uint8).contiguous(),
+        }
+        return attrs.evolve(coded, parts=parts)
+
+    def _ladder(self, coded: Coded) -> tuple[Tensor, Tensor]:
+        """The points ascending, (rows, groups, points), and the code and sign of each as 2 * (code + lowest) + sign."""
+        both = torch.arange(2**self.bits, device=coded.codes.device)
+        codes = ((both >> 1) - 2 ** (self.bits - 2) + 0.5) * coded.scales.float().unsqueeze(-1)
+        points = codes + ((both & 1) * 2 - 1).float() * coded.parts["residual_scales"].float().unsqueeze(-1)
+        ascending, order = torch.sort(points, dim=-1, stable=True)
+        return ascending, order
+
+
+INT3_MIXED = MixedWidthFormat("int3_mixed", 3)
+INT4_MIXED = MixedWidthFormat("int4_mixed", 4)
+INT1_BINARY = BinaryResidualFormat("int1_binary", 2)
+INT2_BINARY = BinaryResidualFormat("int2_binary", 3)
+INT3_BINARY = BinaryResidualFormat("int3_binary", 4)
