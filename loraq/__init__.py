@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from loraq.calibration import Calibration as Calibration
     from loraq.errors import LoraqError as LoraqError
     from loraq.linear import PackedLinear as PackedLinear
     from loraq.pipeline import Pipeline as Pipeline
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from loraq.run import run_recipe as run_recipe
 
 __all__ = [
+    "Calibration",
     "LoraqError",
     "Override",
     "PackedLinear",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Calibration": ("loraq.calibration", "Calibration"),
     "LoraqError": ("loraq.errors", "LoraqError"),
     "Override": ("loraq.recipe", "Override"),
     "PackedLinear": ("loraq.linear", "PackedLinear"),

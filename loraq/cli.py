@@ -1,4 +1,4 @@
-"""The command `loraq`: run, plan, check, list, inspect, generate.
+"""The command `loraq`: run, plan, calibrate, check, list, inspect, generate, evaluate.
 
 Exit codes: 0 done, 1 failed, 2 the user's input is wrong. Errors are one sentence on standard error, never a traceback;
 results go to standard output, as JSON with `--json`. Heavy imports wait until a command needs them, so that `--help`,
@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-KINDS = ("stage", "pre_transform", "main_quantizer", "low_rank", "branch_quantizer", "packing", "format", "kernel")
+KINDS = (
+    "stage",
+    "pre_transform",
+    "main_quantizer",
+    "low_rank",
+    "branch_quantizer",
+    "packing",
+    "format",
+    "kernel",
+    "metric",
+)
 
 
 def _console() -> Console:
@@ -146,7 +156,7 @@ def plan(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     from loraq.report import plan_table, size, skipped_line
     from loraq.source import open_source
 
-    made = make_plan(open_source(loaded.model), loaded.pipeline())
+    made = make_plan(open_source(loaded.model), loaded.pipeline(), loaded.calibration)
     if as_json:
         _print_json(made.to_plain())
         return
@@ -165,6 +175,32 @@ def plan(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
         f"({made.written_bytes:,} bytes in safetensors files), {bits:.2f} bits a quantized weight",
         highlight=False,
     )
+    if made.calibration is not None:
+        console.print(made.calibration.told(), highlight=False)
+
+
+@cli.command()
+@recipe_arguments
+@click.option("--part", type=click.IntRange(1), help="Collect this part of calibration.parts alone, counted from 1.")
+@json_option
+def calibrate(recipe: str, settings: tuple[str, ...], part: int | None, as_json: bool) -> None:
+    """Collect what RECIPE's strategies read of their layers' inputs; `run` does so too, for what is missing.
+
+    With calibration.parts in the recipe, several processes may each collect some parts into one cache folder.
+    """
+    loaded = _load(recipe, settings)
+    from loraq.report import size
+    from loraq.run import calibrate_recipe
+
+    found = calibrate_recipe(loaded, None if part is None else part - 1)
+    if as_json:
+        _print_json(None if found is None else attrs.asdict(found))
+    elif found is None:
+        click.echo(f"{recipe}: no strategy reads its layers' inputs; there is nothing to calibrate")
+    else:
+        passes = "1 pass" if found.passes == 1 else f"{found.passes} passes"
+        done = f"{passes} over the prompts" if found.passes else "all was there already"
+        click.echo(f"{found.folder}: {size(found.bytes)} of {found.layers} layers' inputs; {done}")
 
 
 @cli.command()
@@ -330,6 +366,70 @@ def generate(
 
     for path in generate_pictures(folder, prompts, output, seed, device, settings):
         click.echo(path)
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--against", "original", required=True, type=click.Path(path_type=Path), help="The 16-bit pipeline.")
+@click.option(
+    "--prompts", "file", type=click.Path(path_type=Path), help="Text file, a prompt a line, from which --seed chooses."
+)
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
+@click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="How many pictures each draws.")
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Seed of the first picture.")
+@click.option("--call", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the pipeline's call.")
+@click.option("--metric", "names", multiple=True, help="What to measure (`loraq list metric`); all, if none is named.")
+@click.option("--require", "required", multiple=True, metavar="GATE", help="Fail unless it holds: 'psnr >= 24'.")
+@click.option("--batch", type=click.IntRange(1), help="Pictures drawn at once; default by their size.")
+@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Keep pictures and figures there, and continue from it."
+)
+@json_option
+def evaluate(
+    folders: tuple[Path, ...],
+    original: Path,
+    file: Path | None,
+    prompts: tuple[str, ...],
+    count: int,
+    seed: int,
+    settings: tuple[str, ...],
+    names: tuple[str, ...],
+    required: tuple[str, ...],
+    batch: int | None,
+    device: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Judge the quantized pipelines in FOLDERS by their pictures beside the original's, from the same noise.
+
+    Prompts and arguments of the call default to the samples' of the recipe that made the first folder. Several folders
+    are compared with each other as well, picture by picture. Exit code 1 where a --require is not met.
+    """
+    from loraq import evaluation
+    from loraq.generate import call_of, recorded_samples
+    from loraq.pictures import Drawing, chosen_prompts, fitting_batch, prompts_in
+
+    gates = [evaluation.parse_gate(text) for text in required]
+    metrics, refused = evaluation.load_metrics(names, [gate.metric for gate in gates])
+    if file is not None and prompts:
+        raise InputError("give either --prompts or --prompt, got both")
+    asked = prompts_in(file) if file is not None else [*prompts] or recorded_samples(folders[0]).get("prompts", [])
+    if not asked:
+        raise InputError(
+            f"{folders[0]}: its recipe records no samples, so there is no prompt; give --prompts or --prompt"
+        )
+    call = call_of(folders[0], settings)
+    chosen = chosen_prompts(asked, count, None if file is None else seed)  # a file may be sorted: choose at random
+    drawing = Drawing(prompts=chosen, seed=seed, call=call, batch=batch or fitting_batch(original, call))
+    found = evaluation.evaluate(folders, original, drawing, metrics, refused=refused, device=device, output=output)
+    if as_json:
+        _print_json(found.to_plain())
+    else:
+        found.print(_console())
+    unmet = found.unmet(gates)
+    if unmet:
+        raise LoraqError("; ".join(unmet))
 
 
 _INTERRUPTED = "interrupted; the same command continues where it stopped"

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor
 
     from loraq.activation import Activation
@@ -85,6 +86,21 @@ class AbstractFormat(ABC):
         where `integer` is true; raises TypeError elsewhere.
         """
 
+    @abstractmethod
+    def points(self, coded: Coded) -> Tensor:
+        """All values that codes can stand for under the scales of `coded`: (rows, groups, points) float32, ascending.
+
+        Equal neighbours are allowed (a scale of 0, a row with fewer points than others). Every decoded value is among
+        its group's points, bit for bit. Raises TypeError for a format without scales, whose values are stored plainly.
+        """
+
+    @abstractmethod
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        """Other codes under the same scales: an element (row, column) stands for point `indices[row, column]`.
+
+        `indices` (rows, columns) int64 count along the last axis of `points`, within the element's group.
+        """
+
 
 class AbstractStatistic(ABC):
     """One thing that calibration collects of a layer's input: a frozen attrs class whose fields are tensors.
@@ -99,6 +115,11 @@ class AbstractStatistic(ABC):
     @abstractmethod
     def empty(cls, inn: int, device: torch.device | str, *, sample: int) -> Self:
         """The statistic of no token, of an input of `inn` channels; `sample` tokens are kept where tokens are kept."""
+
+    @classmethod
+    @abstractmethod
+    def bytes(cls, inn: int, *, sample: int) -> int:
+        """How many bytes it grows to at most. Called by `plan`, before anything is collected."""
 
     @abstractmethod
     def observed(self, tokens: Tensor, generator: torch.Generator) -> Self:
@@ -191,6 +212,15 @@ class AbstractQuantizer(ABC):
         """
 
 
+class AbstractPlainRounding(ABC):
+    """What a quantizer adds to its contract when its `round` is that of loraq/rounding.py: a fit may then fuse it."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> Literal["search", "amax"]:
+        """How `round` finds a group's scale."""
+
+
 class AbstractLowRank(ABC):
     """Makes all codes of a layer: the branch that makes up for the main quantizer's error, and the main codes."""
 
@@ -263,3 +293,28 @@ class AbstractKernel(ABC):
     @abstractmethod
     def linear(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
         """What `ops.reference` computes, bit for bit where the arithmetic is integer."""
+
+
+class AbstractMetric(ABC):
+    """A figure of one picture, for `loraq evaluate`: how near it is to the original's, or how good it is by itself.
+
+    Found in the group `loraq.metric`. A figure of a whole set of pictures (FID) has no value a picture and is none.
+    """
+
+    paired: ClassVar[bool]
+    """Whether `measure` looks at the original's picture; where not, the original's pictures are measured as well."""
+    unit: ClassVar[str]
+    """What stands behind the figure in a table, such as "dB"; empty for a plain number."""
+    better: ClassVar[Literal["higher", "lower"]]
+    """Which way is better."""
+
+    @abstractmethod
+    def refusal(self) -> str | None:
+        """None where it can measure here, else a sentence: which library, weights or data it lacks, what would do."""
+
+    @abstractmethod
+    def measure(self, picture: Image.Image, original: Image.Image, prompt: str) -> float:
+        """The figure of `picture`, drawn for `prompt`; `original` is the original model's from the same noise.
+
+        Both are RGB and of one size. Called once a picture, after `refusal` gave None. Finite.
+        """

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from loraq.contracts import AbstractQuantizer
+from loraq.errors import ModelError
 from loraq.input_statistics import Gram
 from loraq.layer import Coded, Fit, LayerContext
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     from loraq.lazy import torch
+
+_OVERSAMPLING = 24
+"""Columns beyond the rank that a randomised SVD draws."""
+_POWER_ITERATIONS = 2
+_SMALL = 4
+"""A side shorter than so many times the columns drawn is decomposed whole: that is faster (measured)."""
 
 
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -40,6 +47,91 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     inverse = torch.where(roots > 0, peak / roots, 0)
     right = torch.nn.functional.pad(vectors.flip(1)[:, :rank], (0, missing))
     return (values @ right * inverse).float(), (right * roots).T.float().contiguous()
+
+
+def approximate_svd(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """About `truncated_svd` in a fraction of its time: the start of a descent, which will move both factors anyway.
+
+    What is left of the weight is larger than what the best factors of this rank leave, by some tenths of a percent. A
+    small side of the weight takes the eigenvectors of its Gram matrix in float32; else a random projection of `rank +
+    oversampling` columns is turned into the range by two power iterations. Source: Halko, Martinsson & Tropp, arXiv
+    0909.4061, algorithm 4.4.
+    """
+    out, inn = weight.shape
+    if out < inn:
+        up, down = approximate_svd(weight.T, rank, generator)
+        return down.T.contiguous(), up.T.contiguous()
+    width = rank + _OVERSAMPLING
+    if _SMALL * width > inn:
+        eigenvalues, vectors = torch.linalg.eigh(weight.T @ weight)
+        kept = min(rank, inn)
+        roots = eigenvalues.flip(0)[:kept].clamp(min=0).pow(0.25)
+        right = vectors.flip(1)[:, :kept]
+        up, down = weight @ (right * _inverse(roots)), (right * roots).T
+        padding = rank - kept
+        return torch.nn.functional.pad(up, (0, padding)), torch.nn.functional.pad(down, (0, 0, 0, padding))
+    omega = torch.randn(inn, width, generator=generator, device=generator.device).to(weight.device)
+    basis = weight @ omega
+    for _ in range(_POWER_ITERATIONS):
+        basis = weight @ torch.linalg.qr(weight.T @ torch.linalg.qr(basis).Q).Q
+    basis = torch.linalg.qr(basis).Q
+    inner = basis.T @ weight
+    eigenvalues, vectors = torch.linalg.eigh((inner @ inner.T).double())
+    roots = eigenvalues.flip(0)[:rank].clamp(min=0).pow(0.25).float()
+    left = vectors.flip(1)[:, :rank].float()
+    return basis @ (left * roots), _inverse(roots).unsqueeze(1) * (left.T @ inner)
+
+
+def _inverse(roots: Tensor) -> Tensor:
+    """1 / roots, falling; 0 for those that are no more than rounding noise."""
+    return torch.where(roots > 1e-3 * roots[0], 1 / roots, 0)
+
+
+def orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix (size, size) float32, on the generator's device."""
+    normal = torch.randn(size, size, generator=generator, device=generator.device)
+    found: Tensor = torch.linalg.qr(normal).Q
+    return found
+
+
+def root(gram: Tensor, damping: float) -> Tensor:
+    """A lower triangular L (inn, inn) float64 with L Lᵀ = gram / m + damping · I, m the mean of gram's diagonal.
+
+    Any such root serves where only || E gram^½ || counts, as in `weighted_svd`, and this one costs a fraction of what
+    eigenvectors do. A Gram matrix that is singular beyond what `damping` mends is damped ten times more until it is
+    not; of zeros, whose input was never seen, the root is the identity.
+    """
+    values = gram.double()
+    mean = float(values.diagonal().mean()) if values.numel() else 0.0
+    if not math.isfinite(mean):
+        raise ModelError("a Gram matrix has values that are not finite; calibrate again with inputs that are.")
+    if not mean > 0:
+        return torch.eye(len(values), dtype=torch.float64, device=values.device)
+    values = values / mean
+    share = damping
+    while True:
+        damped = values.clone()
+        damped.diagonal().add_(share)
+        lower: Tensor
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return lower
+        share = max(10 * share, 1e-10)
+
+
+def weighted_svd(weight: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`up` (out, rank) and `down` (rank, inn) float32 that minimise ||(weight - up @ down) root||.
+
+    `root` is a matrix (inn, inn), or (inn,) for a diagonal one. The minimum is SVD_r(weight root) root⁻¹, which is
+    U Uᵀ weight with U the first left singular vectors of `weight root`: nothing is inverted, so `root` may be singular,
+    and the product is never larger than `weight` in any column. The singular values are shared as in `truncated_svd`.
+    """
+    values = weight.double()
+    up, _ = truncated_svd(values * root if root.dim() == 1 else values @ root, rank)
+    columns = up.double()
+    singular = columns.square().sum(dim=0)  # of up's columns U Σ^½
+    inverse = torch.where(singular > 0, 1 / singular, 0)
+    return up.float(), ((columns * inverse).T @ values).float().contiguous()
 
 
 def coded(up: Tensor, down: Tensor, branch: AbstractQuantizer, context: LayerContext) -> tuple[Coded, Coded]:

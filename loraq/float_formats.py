@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from loraq.contracts import AbstractFormat
-from loraq.formats import divided, largest, no_integers, scaled, ungrouped
+from loraq.formats import divided, largest, no_integers, scaled, scaled_points, ungrouped, with_codes
 from loraq.layer import Coded, Part, groups_of
 
 if TYPE_CHECKING:
@@ -88,6 +88,17 @@ class Minifloat:
         signed = torch.cat([table, -table])
         return signed[codes.long()]
 
+    def levels(self, device: torch.device) -> Tensor:
+        """All values, ascending, float32; zero once."""
+        magnitudes = self.magnitudes()
+        values = [-magnitude for magnitude in reversed(magnitudes[1:])] + magnitudes
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    def codes_at(self, indices: Tensor) -> Tensor:
+        """The uint8 codes of the values at `indices` of `levels`."""
+        steps = indices - (len(self.magnitudes()) - 1)
+        return (steps.abs() + ((steps < 0).long() << (self.bits - 1))).to(torch.uint8)
+
 
 E4M3 = Minifloat(4, 3, reserved=1)
 E5M2 = Minifloat(5, 2, reserved=4)
@@ -131,6 +142,12 @@ class FloatGroupFormat(AbstractFormat):
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)
+
+    def points(self, coded: Coded) -> Tensor:
+        return scaled_points(self.grid.levels(coded.codes.device), coded.scales.float())
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        return with_codes(coded, self.grid.codes_at(indices))
 
 
 @attrs.frozen
@@ -196,6 +213,20 @@ class MicroscalingFormat(AbstractFormat):
             raise no_integers(self)
         return coded.codes, self._scales(coded.parts["exponents"]), coded.group
 
+    def points(self, coded: Coded) -> Tensor:
+        device = coded.codes.device
+        if isinstance(self.grid, int):
+            limit = 2 ** (self.grid - 1)
+            levels = torch.arange(-limit, limit, dtype=torch.float32, device=device)
+        else:
+            levels = self.grid.levels(device)
+        return scaled_points(levels, self._scales(coded.parts["exponents"]))
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        if isinstance(self.grid, int):
+            return with_codes(coded, indices - 2 ** (self.grid - 1))
+        return with_codes(coded, self.grid.codes_at(indices))
+
 
 @attrs.frozen
 class TwoLevelFloatFormat(AbstractFormat):
@@ -238,11 +269,20 @@ class TwoLevelFloatFormat(AbstractFormat):
         return Coded(self, (rows, columns), group, parts)
 
     def decode(self, coded: Coded) -> Tensor:
-        scales = E4M3.decode(coded.parts["scales"]) * coded.parts["matrix_scale"]
-        return scaled(E2M1.decode(coded.codes), scales, coded.group)
+        return scaled(E2M1.decode(coded.codes), self._scales(coded), coded.group)
+
+    def _scales(self, coded: Coded) -> Tensor:
+        """What one unit of a block's codes is worth, (rows, groups) float32."""
+        return E4M3.decode(coded.parts["scales"]) * coded.parts["matrix_scale"]
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)
+
+    def points(self, coded: Coded) -> Tensor:
+        return scaled_points(E2M1.levels(coded.codes.device), self._scales(coded))
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        return with_codes(coded, E2M1.codes_at(indices))
 
 
 FP8_E4M3 = FloatGroupFormat("fp8_e4m3", E4M3)

@@ -38,7 +38,8 @@ def grouped(values: Tensor, group: int) -> Tensor:
 
 def ungrouped(values: Tensor, columns: int) -> Tensor:
     """(rows, columns) from (rows, groups, group): the way back from `grouped`."""
-    return values.reshape(values.shape[0], -1)[:, :columns]
+    rows, groups, group = values.shape
+    return values.reshape(rows, groups * group)[:, :columns]
 
 
 def largest(values: Tensor, group: int) -> Tensor:
@@ -60,6 +61,32 @@ def divided(values: Tensor, scales: Tensor, group: int) -> Tensor:
 def scaled(values: Tensor, scales: Tensor, group: int) -> Tensor:
     """`values * scale` (rows, columns), each group's columns times its scale of `scales` (rows, groups)."""
     return ungrouped(grouped(values, group) * scales.unsqueeze(-1), values.shape[1]).contiguous()
+
+
+def nearest(values: Tensor, points: Tensor) -> Tensor:
+    """Which of the ascending `points` (..., points) is nearest to each of `values` (..., any): int64 of their shape.
+
+    A value in the middle of two takes the lower one.
+    """
+    low, high = points[..., :-1], points[..., 1:]
+    middles = low + (high - low) / 2  # a sum of two may overflow
+    return torch.searchsorted(middles.contiguous(), values.contiguous())
+
+
+def recoded(values: Tensor, like: Coded) -> Coded:
+    """`values` (rows, columns) rounded to the nearest points under the scales of `like`, all of which are kept."""
+    indices = nearest(grouped(values, like.group), like.format.points(like))
+    return like.format.with_points(like, ungrouped(indices, values.shape[1]))
+
+
+def with_codes(coded: Coded, codes: Tensor) -> Coded:
+    """`coded` with other `codes` (rows, columns), everything else kept."""
+    return attrs.evolve(coded, parts={**coded.parts, "codes": codes.to(coded.codes.dtype).contiguous()})
+
+
+def scaled_points(levels: Tensor, scales: Tensor) -> Tensor:
+    """(rows, groups, levels): `levels` (levels,) times each group's scale of `scales` (rows, groups)."""
+    return levels * scales.unsqueeze(-1)
 
 
 @attrs.frozen
@@ -98,6 +125,13 @@ class IntegerFormat(AbstractFormat):
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         return coded.codes, coded.scales.float(), coded.group
+
+    def points(self, coded: Coded) -> Tensor:
+        levels = torch.arange(-self.limit - 1, self.limit + 1, dtype=torch.float32, device=coded.codes.device)
+        return scaled_points(levels, coded.scales.float())
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        return with_codes(coded, indices - (self.limit + 1))
 
 
 def no_integers(format: AbstractFormat) -> TypeError:
@@ -151,6 +185,13 @@ class TableFormat(AbstractFormat):
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)
 
+    def points(self, coded: Coded) -> Tensor:
+        table = torch.tensor(self.table, dtype=torch.float32, device=coded.codes.device)
+        return scaled_points(table, coded.scales.float())
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        return with_codes(coded, indices)
+
 
 @attrs.frozen
 class FloatFormat(AbstractFormat):
@@ -181,6 +222,12 @@ class FloatFormat(AbstractFormat):
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)
 
+    def points(self, coded: Coded) -> Tensor:
+        raise TypeError(f"{self.name} has no scales and so no points under them")
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        raise TypeError(f"{self.name} has no scales and so no points under them")
+
 
 INT2 = IntegerFormat("int2", 2)
 INT3 = IntegerFormat("int3", 3)
@@ -188,6 +235,16 @@ INT4 = IntegerFormat("int4", 4)
 INT6 = IntegerFormat("int6", 6)
 INT8 = IntegerFormat("int8", 8)
 BFLOAT16 = FloatFormat("bfloat16", 16)
+
+
+def scales_validator(instance: object, attribute: Any, value: AbstractFormat) -> None:
+    """An attrs validator: the format must have scales, and so a grid to round onto."""
+    del instance
+    if isinstance(value, FloatFormat):
+        raise ValueError(
+            f"'{attribute.name}' must be a format with scales, such as 'int4', got '{value.name}', "
+            "which the strategy rtn can store"
+        )
 
 
 def group_within(format: AbstractFormat, group: int | str, columns: int) -> int:

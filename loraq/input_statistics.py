@@ -47,6 +47,11 @@ class Gram(AbstractStatistic):
         del sample
         return cls(torch.zeros(inn, inn, device=device), torch.zeros((), dtype=torch.float64, device=device))
 
+    @classmethod
+    def bytes(cls, inn: int, *, sample: int) -> int:
+        del sample
+        return 4 * inn * inn + 8
+
     def observed(self, tokens: Tensor, generator: torch.Generator) -> Self:
         del generator
         return type(self)(self.sums.addmm_(tokens.T, tokens), self.count + len(tokens))
@@ -77,6 +82,11 @@ class ChannelMaxima(AbstractStatistic):
         del sample
         return cls(torch.zeros(inn, device=device))
 
+    @classmethod
+    def bytes(cls, inn: int, *, sample: int) -> int:
+        del sample
+        return 4 * inn
+
     def observed(self, tokens: Tensor, generator: torch.Generator) -> Self:
         del generator
         return type(self)(torch.maximum(self.values, tokens.abs().amax(dim=0))) if len(tokens) else self
@@ -102,6 +112,11 @@ class ChannelMeans(AbstractStatistic):
         del sample
         zeros = torch.zeros(inn, dtype=torch.float64, device=device)
         return cls(zeros, torch.zeros((), dtype=torch.float64, device=device))
+
+    @classmethod
+    def bytes(cls, inn: int, *, sample: int) -> int:
+        del sample
+        return 8 * inn + 8
 
     def observed(self, tokens: Tensor, generator: torch.Generator) -> Self:
         del generator
@@ -141,13 +156,19 @@ class TokenSample(AbstractStatistic):
         keys = torch.zeros(0, dtype=torch.float64, device=device)
         return cls(torch.zeros(0, inn, device=device), keys, torch.tensor(sample, device=device))
 
+    @classmethod
+    def bytes(cls, inn: int, *, sample: int) -> int:
+        return sample * (4 * inn + 8) + 8
+
     def observed(self, tokens: Tensor, generator: torch.Generator) -> Self:
         keys = torch.rand(len(tokens), dtype=torch.float64, generator=generator, device=generator.device)
-        return self.merged(type(self)(tokens, keys.to(tokens.device), self.size))
+        return self.merged(self._largest(tokens, keys.to(tokens.device)))
 
     def merged(self, other: Self) -> Self:
-        keys = torch.cat([self.keys, other.keys])
-        tokens = torch.cat([self.tokens, other.tokens])
+        return self._largest(torch.cat([self.tokens, other.tokens]), torch.cat([self.keys, other.keys]))
+
+    def _largest(self, tokens: Tensor, keys: Tensor) -> Self:
+        """The sample of these tokens alone: those of the largest keys, largest first."""
         kept = torch.topk(keys, min(len(keys), int(self.size)), sorted=True).indices
         return type(self)(tokens[kept], keys[kept], self.size)
 
@@ -180,6 +201,10 @@ class InputStatistics:
             )
         return found
 
+    def to(self, device: torch.device | str) -> InputStatistics:
+        """The statistics on `device`."""
+        return InputStatistics({kind: _moved(statistic, device) for kind, statistic in self.found.items()})
+
     def transformed(self, transform: Transform) -> InputStatistics:
         """The statistics of x̃ = transform(x), a linear map of each token."""
         sample = self.get(TokenSample)
@@ -192,6 +217,11 @@ class InputStatistics:
                 )
             moved[kind] = statistic.transformed(transform, torch.zeros(0, 0) if tokens is None else tokens)
         return InputStatistics(moved)
+
+
+def _moved(statistic: AbstractStatistic, device: torch.device | str) -> AbstractStatistic:
+    fields: tuple[attrs.Attribute[Tensor], ...] = attrs.fields(type(statistic))  # type: ignore[arg-type]  # attrs classes
+    return type(statistic)(**{field.name: getattr(statistic, field.name).to(device) for field in fields})
 
 
 NOTHING = InputStatistics()

@@ -1,6 +1,8 @@
 """Integer formats beyond the symmetric ones: with a zero point, ternary, and with two levels of scales.
 
 - int4_asymmetric and its kin: codes 0 .. 2^bits - 1, a bfloat16 scale and a zero point of `bits` bits a group.
+- int4_offset and its kin: two's complement codes, a bfloat16 scale and a bfloat16 offset a group, as in HQQ, whose zero
+  point is not rounded to an integer (https://mobiusml.github.io/hqq_blog).
 - ternary: {-1, 0, 1}, five a byte, a bfloat16 scale a group.
 - int4x2: int4 codes times a small integer a group, times a bfloat16 scale a row. The product of code and small integer
   fits int8, so that an integer kernel sums over the whole row; one scale a token is the activations' fitting kind
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from loraq.contracts import AbstractFormat
-from loraq.formats import divided, grouped, largest, scaled, ungrouped
+from loraq.formats import divided, grouped, largest, no_integers, scaled, scaled_points, ungrouped, with_codes
 from loraq.layer import Coded, Part, groups_of
 
 if TYPE_CHECKING:
@@ -57,12 +59,7 @@ class AsymmetricFormat(AbstractFormat):
     def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
         del full_range  # every code is in use
         rows, columns = values.shape
-        parted = grouped(values, group)
-        low, high = parted.amin(dim=-1).clamp(max=0), parted.amax(dim=-1).clamp(min=0)
-        if limits is not None:
-            reached = torch.maximum(-low, high)
-            share = torch.where(reached > 0, limits / torch.where(reached > 0, reached, 1.0), 1.0)
-            low, high = low * share, high * share
+        low, high = _range_with_zero(values, group, limits)
         top = 2**self.bits - 1
         scales = ((high / top) - (low / top)).to(torch.bfloat16)
         zeros = divided(-low, scales.float(), 1).squeeze(-1).round().clamp(0, top)
@@ -82,6 +79,77 @@ class AsymmetricFormat(AbstractFormat):
         kind = torch.int8 if self.bits < 8 else torch.int16
         zeros = coded.parts["zeros"].to(kind).repeat_interleave(coded.group, dim=1)[:, : coded.shape[1]]
         return coded.codes.to(kind) - zeros, coded.scales.float(), coded.group
+
+    def points(self, coded: Coded) -> Tensor:
+        levels = torch.arange(2**self.bits, dtype=torch.float32, device=coded.codes.device)
+        return (levels - coded.parts["zeros"].float().unsqueeze(-1)) * coded.scales.float().unsqueeze(-1)
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        return with_codes(coded, indices)
+
+
+@attrs.frozen
+class OffsetFormat(AbstractFormat):
+    """Two's complement codes: value = code * scale + offset, the group's range from its least to its largest value.
+
+    The range always holds 0, as AsymmetricFormat's, though 0 need not be a point. The offset is what the middle of the
+    range is off zero, so that 16 bits lose nothing of it. `limits` shrinks the range around 0 by its ratio to the
+    largest magnitude.
+    """
+
+    name: str
+    bits: int
+
+    @property
+    def integer(self) -> bool:
+        return False
+
+    @property
+    def block(self) -> int | None:
+        return None
+
+    def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
+        part = Part((rows, groups_of(columns, group)), "bfloat16", 16)
+        return {"codes": Part.codes(rows, columns, self.bits), "scales": part, "offsets": part}
+
+    def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
+        del full_range  # every code is in use
+        rows, columns = values.shape
+        low, high = _range_with_zero(values, group, limits)
+        scales = ((high - low) / (2**self.bits - 1)).to(torch.bfloat16)
+        # The codes' middle is at -1/2.
+        offsets = (low / 2 + high / 2 + scales.float() / 2).to(torch.bfloat16)
+        limit = 2 ** (self.bits - 1)
+        steps = torch.where(scales == 0, torch.inf, scales.float()).unsqueeze(-1)
+        codes = (grouped(values, group) - offsets.float().unsqueeze(-1)).div_(steps).round_().clamp_(-limit, limit - 1)
+        codes = ungrouped(codes.to(torch.int8), columns).contiguous()
+        return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales, "offsets": offsets})
+
+    def decode(self, coded: Coded) -> Tensor:
+        products = grouped(coded.codes.float(), coded.group) * coded.scales.float().unsqueeze(-1)
+        return ungrouped(products + coded.parts["offsets"].float().unsqueeze(-1), coded.shape[1]).contiguous()
+
+    def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
+        raise no_integers(self)
+
+    def points(self, coded: Coded) -> Tensor:
+        limit = 2 ** (self.bits - 1)
+        levels = torch.arange(-limit, limit, dtype=torch.float32, device=coded.codes.device)
+        return scaled_points(levels, coded.scales.float()) + coded.parts["offsets"].float().unsqueeze(-1)
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        return with_codes(coded, indices - 2 ** (self.bits - 1))
+
+
+def _range_with_zero(values: Tensor, group: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each group's least and largest value or 0, shrunk to `limits` where given: two of (rows, groups)."""
+    parted = grouped(values, group)
+    low, high = parted.amin(dim=-1).clamp(max=0), parted.amax(dim=-1).clamp(min=0)
+    if limits is None:
+        return low, high
+    reached = torch.maximum(-low, high)
+    share = torch.where(reached > 0, limits / torch.where(reached > 0, reached, 1.0), 1.0)
+    return low * share, high * share
 
 
 @attrs.frozen
@@ -121,6 +189,12 @@ class TernaryFormat(AbstractFormat):
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         return coded.codes, coded.scales.float(), coded.group
+
+    def points(self, coded: Coded) -> Tensor:
+        return scaled_points(torch.tensor([-1.0, 0.0, 1.0], device=coded.codes.device), coded.scales.float())
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        return with_codes(coded, indices - 1)
 
 
 @attrs.frozen
@@ -173,11 +247,22 @@ class TwoLevelIntegerFormat(AbstractFormat):
         integers = coded.codes * multipliers.repeat_interleave(coded.group, dim=1)[:, : coded.shape[1]]
         return integers, coded.parts["row_scales"].float(), max(1, coded.shape[1])
 
+    def points(self, coded: Coded) -> Tensor:
+        levels = torch.arange(-8, 8, dtype=torch.float32, device=coded.codes.device)
+        integers = scaled_points(levels, coded.parts["multipliers"].float())
+        return integers * coded.parts["row_scales"].float().unsqueeze(-1)
+
+    def with_points(self, coded: Coded, indices: Tensor) -> Coded:
+        return with_codes(coded, indices - 8)
+
 
 INT2_ASYMMETRIC = AsymmetricFormat("int2_asymmetric", 2)
 INT3_ASYMMETRIC = AsymmetricFormat("int3_asymmetric", 3)
 INT4_ASYMMETRIC = AsymmetricFormat("int4_asymmetric", 4)
 INT6_ASYMMETRIC = AsymmetricFormat("int6_asymmetric", 6)
 INT8_ASYMMETRIC = AsymmetricFormat("int8_asymmetric", 8)
+INT2_OFFSET = OffsetFormat("int2_offset", 2)
+INT3_OFFSET = OffsetFormat("int3_offset", 3)
+INT4_OFFSET = OffsetFormat("int4_offset", 4)
 TERNARY = TernaryFormat("ternary")
 INT4X2 = TwoLevelIntegerFormat("int4x2")

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from loraq.calibration import Calibration
     from loraq.layout import Layout
     from loraq.recipe import Override
     from loraq.report import Report
@@ -322,18 +323,39 @@ class Pipeline:
             return None
         return bind(overridden(self.stages, matching))
 
-    def quantize(self, module: torch.nn.Module, *, family: str | None = None) -> Report:
+    def quantize(
+        self,
+        module: torch.nn.Module,
+        *,
+        family: str | None = None,
+        calibrate: Callable[..., Any] | None = None,
+        sample: int = 512,
+        memory: int | str = "4 GiB",
+    ) -> Report:
         """Quantize `module` in place: each linear layer becomes a PackedLinear. Returns the report.
 
         `family` names a model family whose defaults apply (loraq/families.py); None takes the module's class name, and
-        for an unknown class every linear layer is quantized. Raises ModelError before anything is changed.
+        for an unknown class every linear layer is quantized. `calibrate`, a callable that takes nothing or the module,
+        runs data through the module, for strategies that read their layers' inputs (it may be a generator, which yields
+        after each prompt); it is not called where none does, and again for each lot of layers whose statistics fit into
+        `memory`. `sample` tokens are kept a layer where tokens are read. Raises ModelError before anything is changed.
         """
         from loraq.quantize import quantize_module
 
-        return quantize_module(self, module, family=family)
+        return quantize_module(self, module, family=family, calibrate=calibrate, sample=sample, memory=memory)
 
-    def run(self, folder: str | Path, output: str | Path, *, component: Sequence[str] = ("transformer",)) -> Report:
-        """Quantize the pipeline or component in `folder` into `output`, as `loraq run` does. Returns the report."""
+    def run(
+        self,
+        folder: str | Path,
+        output: str | Path,
+        *,
+        component: Sequence[str] = ("transformer",),
+        calibration: Calibration | None = None,
+    ) -> Report:
+        """Quantize the pipeline or component in `folder` into `output`, as `loraq run` does. Returns the report.
+
+        `calibration` says what runs for strategies that read their layers' inputs: `Calibration(prompts=[...])`.
+        """
         from loraq.recipe import ModelSource, Recipe, RunOptions
         from loraq.run import run_recipe
 
@@ -343,4 +365,5 @@ class Pipeline:
         options = RunOptions(
             output=str(output), seed=self.seed, threads=self.threads, workers=self.workers, device=self.device
         )
-        return run_recipe(Recipe(model=source, run=options, stage=tuple(self.stages), layers=tuple(self.overrides)))
+        stages, layers = tuple(self.stages), tuple(self.overrides)
+        return run_recipe(Recipe(model=source, run=options, stage=stages, layers=layers, calibration=calibration))

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from loraq.errors import ModelError, choices
+from loraq.calibration import NEEDED, Calibration, passes, reader, refuse_lone_component
+from loraq.collection import inputs_of, sizes_of
+from loraq.errors import InputError, ModelError, choices
 from loraq.families import family_of
 from loraq.match import MatchedLayer, match_layers
 from loraq.pipeline import Pipeline
 from loraq.quantize import replace_layer
-from loraq.report import Skipped
+from loraq.report import Skipped, size
 from loraq.source import DTYPES, Component, Source, TensorSpec
 
 if TYPE_CHECKING:
@@ -50,16 +52,46 @@ class ComponentPlan:
 
 
 @attrs.frozen
+class CalibrationPlan:
+    """What calibration will collect: of how many layers, in how many passes over the prompts, in how many bytes.
+
+    `memory` is what the largest pass holds at once, `bytes` what is kept on disk, all parts together.
+    """
+
+    layers: int
+    passes: int
+    parts: int
+    prompts: int
+    memory: int
+    bytes: int
+
+    def told(self) -> str:
+        """In a sentence."""
+        apart = f" in {self.parts} parts" if self.parts > 1 else ""
+        runs = "1 pass" if self.passes == 1 else f"{self.passes} passes"
+        return (
+            f"calibration: at most {self.prompts} prompts{apart}, {runs} for the inputs of {self.layers} layers, "
+            f"{size(self.memory)} held at once and {size(self.bytes)} kept, less what is in the cache"
+        )
+
+
+@attrs.frozen
 class Plan:
-    """What a run will do to a whole source."""
+    """What a run will do to a whole source. `calibration` is None where no layer's strategies read statistics."""
 
     source: Source
     components: tuple[ComponentPlan, ...]
+    calibration: CalibrationPlan | None = None
 
     @property
     def layers(self) -> Iterable[MatchedLayer]:
         """All matched layers."""
         return [layer for component in self.components for layer in component.layers]
+
+    @property
+    def named_layers(self) -> list[tuple[str, MatchedLayer]]:
+        """All matched layers, each with its component's name."""
+        return [(each.component.name, layer) for each in self.components for layer in each.layers]
 
     @property
     def weights(self) -> int:
@@ -90,6 +122,7 @@ class Plan:
             "quantized_weights": self.weights,
             "packed_bytes": self.packed_bytes,
             "effective_bits": 8 * self.packed_bytes / self.weights if self.weights else 0.0,
+            "calibration": None if self.calibration is None else attrs.asdict(self.calibration),
             "components": [
                 {
                     "name": each.component.name,
@@ -111,9 +144,31 @@ class Plan:
         }
 
 
-def make_plan(source: Source, pipeline: Pipeline) -> Plan:
+def make_plan(source: Source, pipeline: Pipeline, calibration: Calibration | None = None) -> Plan:
     """The plan for a source. Raises InputError for whatever does not fit, before any weight is read."""
-    return Plan(source, tuple(_component_plan(component, pipeline) for component in source.components))
+    components = tuple(_component_plan(component, pipeline) for component in source.components)
+    plan = Plan(source, components)
+    return attrs.evolve(plan, calibration=_calibration_plan(plan, pipeline, calibration))
+
+
+def _calibration_plan(plan: Plan, pipeline: Pipeline, calibration: Calibration | None) -> CalibrationPlan | None:
+    """What calibration will do, from shapes alone; nothing where no layer asks for anything."""
+    reading = [layer for layer in plan.layers if layer.recipe.statistics]
+    if not reading:
+        return None
+    refuse_lone_component(plan.source)
+    if calibration is None:
+        raise InputError(f"calibration: is missing, and {reader(pipeline.stages, reading[0].recipe)}; {NEEDED}.")
+    sizes = sizes_of(inputs_of(plan.named_layers), calibration.sample)
+    lots = passes(sizes, calibration.limit)
+    return CalibrationPlan(
+        layers=len(reading),
+        passes=len(lots) * calibration.parts,
+        parts=calibration.parts,
+        prompts=calibration.most,
+        memory=max(sum(sizes[layer] for layer in lot) for lot in lots),
+        bytes=sum(sizes.values()) * calibration.parts,
+    )
 
 
 def _component_plan(component: Component, pipeline: Pipeline) -> ComponentPlan:

@@ -8,15 +8,18 @@ first. The module is changed only after the last layer succeeded.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from loraq.calibration import bytes_of, passes, reader
+from loraq.collection import collect_in_memory, inputs_of, sizes_of
 from loraq.errors import InputError, ModelError
 from loraq.families import family_of
+from loraq.input_statistics import NOTHING, InputStatistics
 from loraq.linear import PackedLinear
 from loraq.match import MatchedLayer, linear_weight, match_layers
 from loraq.pipeline import Pipeline, QuantizedLayer, quantize_layer
@@ -77,7 +80,15 @@ def in_parallel(
         torch.set_num_threads(outside)
 
 
-def quantize_module(pipeline: Pipeline, module: nn.Module, *, family: str | None = None) -> Report:
+def quantize_module(
+    pipeline: Pipeline,
+    module: nn.Module,
+    *,
+    family: str | None = None,
+    calibrate: Callable[..., Any] | None = None,
+    sample: int = 512,
+    memory: int | str = "4 GiB",
+) -> Report:
     """See `Pipeline.quantize`."""
     import loraq.diffusers as integration
 
@@ -94,6 +105,13 @@ def quantize_module(pipeline: Pipeline, module: nn.Module, *, family: str | None
         raise ModelError("the module has no layer left to quantize; look at skip, keep and the overrides.")
     if is_diffusers:  # what config.json cannot say is refused now, not when the layers are replaced
         integration.quantization_config({layer.name: layer.layout for layer in matched}, ())
+    reading = next((layer for layer in matched if layer.recipe.statistics), None)
+    if reading is not None and calibrate is None:
+        raise ModelError(
+            f"{reader(pipeline.stages, reading.recipe)}; give `calibrate=`, a callable that runs data through "
+            "the module."
+        )
+    statistics: dict[str, InputStatistics] = {}
 
     def fitted(layer: MatchedLayer) -> QuantizedLayer:
         weight = linear_weight(module.get_submodule(layer.name))
@@ -101,14 +119,22 @@ def quantize_module(pipeline: Pipeline, module: nn.Module, *, family: str | None
         if weight.is_meta:
             raise ModelError(f"layer '{layer.name}' is on the meta device: load the weights before quantizing.")
         target = weight.device if pipeline.device == "auto" else resolved_device(pipeline.device)
-        return quantize_layer(layer.name, weight.detach().to(target), layer.recipe, seed=pipeline.seed)
+        known = statistics.get(layer.name, NOTHING).to(target)
+        return quantize_layer(
+            layer.name, weight.detach().to(target), layer.recipe, seed=pipeline.seed, statistics=known
+        )
 
     results: dict[str, QuantizedLayer] = {}
     workers = resolved_workers(pipeline.workers, pipeline.threads)
     with Progress("quantizing", sum(layer.out * layer.inn for layer in matched)) as progress:
-        for layer, result in in_parallel(fitted, matched, workers=workers, threads=pipeline.threads):
-            results[layer.name] = result
-            progress.advance(layer.out * layer.inn, layer.name)
+        for lot in _lots(matched, sample, bytes_of(memory)):
+            if calibrate is not None:  # the module is still what it was: fitted layers are put in place at the end
+                collected = collect_in_memory(module, lot, calibrate, sample=sample, seed=pipeline.seed)
+                statistics.clear()
+                statistics.update(collected)
+            for layer, result in in_parallel(fitted, lot, workers=workers, threads=pipeline.threads):
+                results[layer.name] = result
+                progress.advance(layer.out * layer.inn, layer.name)
     for layer in matched:
         replace_layer(module, layer, results[layer.name])
     if is_diffusers:
@@ -117,6 +143,15 @@ def quantize_module(pipeline: Pipeline, module: nn.Module, *, family: str | None
         layers=tuple(results[layer.name].record for layer in matched),
         skipped=tuple(Skipped(each.name, each.weights, each.reason) for each in skipped),
     )
+
+
+def _lots(matched: Sequence[MatchedLayer], sample: int, limit: int) -> list[list[MatchedLayer]]:
+    """The layers in lots whose statistics may be held at once; first those that ask for none."""
+    sizes = sizes_of(inputs_of(("", layer) for layer in matched), sample)
+    by_name = {layer.name: layer for layer in matched}
+    reading = [[by_name[each.name] for each in lot] for lot in passes(sizes, limit)]
+    rest = [layer for layer in matched if not layer.recipe.statistics]
+    return ([rest] if rest else []) + reading
 
 
 def replace_layer(module: nn.Module, layer: MatchedLayer, result: QuantizedLayer | None) -> None:

@@ -2,6 +2,7 @@
 
     [model] what to quantize     [run] where to, seed, device     [[stage]] the pipeline, in order
     [[layers]] options for some layers     [samples] pictures to draw at the end
+    [calibration] prompts to run, for the strategies that read their layers' inputs
 
 `load` reads a file, applies `--set` overrides, and either returns a Recipe or raises one RecipeError with all faults:
 file, TOML path, what was found, what would do. Indices count from 0, as in `stage[0]`.
@@ -19,12 +20,13 @@ from typing import Any, cast
 import attrs
 
 from loraq import registry
+from loraq.calibration import NEEDED, Calibration, reader
 from loraq.contracts import AbstractStage
 from loraq.errors import InputError, LoraqError, RecipeError, did_you_mean
 from loraq.pipeline import Pipeline, bind
 from loraq.structure import keys_of, plain, structure, unknown_key
 
-_SECTIONS = ("model", "run", "samples")
+_SECTIONS = ("model", "run", "samples", "calibration")
 
 
 def _path(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
@@ -116,6 +118,7 @@ class Recipe:
     stage: tuple[AbstractStage, ...]
     layers: tuple[Override, ...] = ()
     samples: Samples | None = None
+    calibration: Calibration | None = None
 
     def pipeline(self) -> Pipeline:
         """The pipeline that this recipe describes."""
@@ -132,12 +135,13 @@ class Recipe:
 
     def to_plain(self) -> dict[str, Any]:
         """The resolved recipe, every option spelt out, as loraq.json keeps it."""
+        optional = {"samples": self.samples, "calibration": self.calibration}
         return {
             "model": plain(self.model),
             "run": plain(self.run),
             "stage": [plain_stage(stage) for stage in self.stage],
             "layers": [_plain_override(override) for override in self.layers],
-        } | ({} if self.samples is None else {"samples": plain(self.samples)})
+        } | {name: plain(section) for name, section in optional.items() if section is not None}
 
 
 def plain_stage(stage: AbstractStage) -> dict[str, Any]:
@@ -282,16 +286,38 @@ def from_table(table: Mapping[str, Any], *, file: Path, settings: Sequence[str] 
     model = _section(table, "model", ModelSource, faults)
     run = _section(table, "run", RunOptions, faults)
     samples = _section(table, "samples", Samples, faults) if "samples" in table else None
+    calibration = _section(table, "calibration", Calibration, faults) if "calibration" in table else None
     stages = _stages(table.get("stage"), faults)
     layers = _layers(table.get("layers", []), stages, faults)
+    if "calibration" not in table and None not in stages:
+        faults.extend(_uncalibrated([stage for stage in stages if stage is not None], layers))
     if faults:
         raise RecipeError([f"{file}: {fault}" for fault in faults])
     run = attrs.evolve(run, output=os.path.expanduser(run.output))
     if model.folder is not None:
         model = attrs.evolve(model, folder=str(file.parent / os.path.expanduser(model.folder)))
-    return Recipe(
-        model=model, run=run, stage=tuple(each for each in stages if each is not None), layers=layers, samples=samples
-    )
+    if calibration is not None:
+        calibration = calibration.beside(file)
+    stage = tuple(each for each in stages if each is not None)
+    return Recipe(model=model, run=run, stage=stage, layers=layers, samples=samples, calibration=calibration)
+
+
+def _uncalibrated(stages: Sequence[AbstractStage], layers: Sequence[Override]) -> list[str]:
+    """What is wrong with a recipe without [calibration] whose strategies, the overrides' too, read statistics."""
+    sets = [stages]
+    for override in layers:
+        try:
+            sets.append(overridden(stages, [override]))
+        except InputError:
+            continue  # told as the override's own fault
+    for each in sets:
+        try:
+            told = reader(each, bind(each))
+        except InputError:
+            continue
+        if told is not None:
+            return [f"calibration: is missing, and {told}; {NEEDED}"]
+    return []
 
 
 def _section(table: Mapping[str, Any], key: str, cls: type, faults: list[str]) -> Any:

@@ -1,6 +1,7 @@
 """Run a recipe: read, quantize, write, from the first layer to the finished folder, and continue where it was killed.
 
-open the source -> plan every byte -> journal -> layers in parallel, each: read, fit, pack, write, journal line
+open the source -> plan every byte -> journal -> calibrate, where a strategy reads statistics
+-> layers in parallel, each: read, fit, pack, write, journal line
 -> rename the shards -> configs and the other components -> loraq.json -> rename the folder -> pictures
 """
 
@@ -10,8 +11,10 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,8 +24,12 @@ import attrs
 import torch
 
 from loraq import registry
+from loraq.calibration import digest_of, open_prompts
+from loraq.calibration import fingerprint as calibration_fingerprint
 from loraq.checkpoint import ShardWriter, index_text, sync_tree, write_text
-from loraq.errors import CheckpointError, ModelError
+from loraq.collection import Calibrator, Collected
+from loraq.errors import CheckpointError, InputError, ModelError
+from loraq.input_statistics import NOTHING
 from loraq.journal import Journal, drop_leftovers, work_folder
 from loraq.layer import LayerRecord
 from loraq.match import MatchedLayer
@@ -33,6 +40,7 @@ from loraq.quantize import in_parallel, resolved_device, resolved_workers
 from loraq.recipe import Recipe
 from loraq.report import Report, Skipped
 from loraq.source import WEIGHTS_NAME, Source, open_source
+from loraq.statistics_cache import cache_folder
 
 PROVENANCE = "loraq.json"
 PICTURES = "samples.png"
@@ -50,13 +58,15 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> Report:
     source = open_source(recipe.model)
     pipeline = recipe.pipeline()
     device = resolved_device(recipe.run.device)
-    plan = make_plan(source, pipeline)
+    plan = make_plan(source, pipeline, recipe.calibration)
     if not plan.layers:
         raise ModelError(
             f"{source.root}: no layer is left to quantize; look at model.skip, model.component and `plan`."
         )
     output = _checked_output(Path(recipe.run.output), source)
-    fingerprint = _fingerprint(recipe, plan, device)
+    digests = source.digests()
+    calibrator = _calibrator(recipe, plan, device, digests, work_folder(output) / "statistics")
+    fingerprint = _fingerprint(recipe, plan, device, digests, calibrator)
     finished = None if restart else _finished(output, plan, fingerprint)
     if finished is not None:
         drop_leftovers(output)
@@ -65,7 +75,7 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> Report:
         try:
             with Journal(output, fingerprint, restart=restart) as journal:
                 _check_room(plan, journal)
-                records = _write_components(plan, pipeline, journal, device)
+                records = _write_components(plan, pipeline, journal, device, calibrator)
                 report = _report(plan, records, recipe.run.output, time.perf_counter() - started)
                 _write_rest(plan, recipe, report, fingerprint, journal)
                 journal.finish(output)
@@ -96,13 +106,52 @@ def _check_room(plan: Plan, journal: Journal) -> None:
         )
 
 
+def calibrate_recipe(recipe: Recipe, part: int | None = None) -> Collected | None:
+    """Collect what the recipe's strategies read, of all parts or of one (counted from 0), into the cache.
+
+    Returns what was done, None for a recipe that needs no data. Raises InputError where there is no such part.
+    """
+    source = open_source(recipe.model)
+    plan = make_plan(source, recipe.pipeline(), recipe.calibration)
+    if recipe.calibration is None or plan.calibration is None:
+        return None
+    if recipe.calibration.cache is False:
+        raise InputError("calibration.cache: is false, so nothing would be kept; name a folder, or leave it out.")
+    if part is not None and not 0 <= part < recipe.calibration.parts:
+        raise InputError(f"--part {part + 1}: calibration.parts is {recipe.calibration.parts}; there is no such part.")
+    device = resolved_device(recipe.run.device)
+    calibrator = _calibrator(recipe, plan, device, source.digests(), Path())
+    assert calibrator is not None, "the plan says that there is something to collect"
+    return calibrator.collect(plan.named_layers, part)
+
+
+def _calibrator(
+    recipe: Recipe, plan: Plan, device: torch.device, digests: Mapping[str, str], uncached: Path
+) -> Calibrator | None:
+    """What gives the layers their statistics, kept in `uncached` where there is no cache; None for data-free plans."""
+    calibration = recipe.calibration
+    if calibration is None or plan.calibration is None:
+        return None
+    prompts = open_prompts(calibration)
+    threads = 0 if device.type == "cuda" else calibration.threads or len(os.sched_getaffinity(0))
+    return Calibrator(
+        root=plan.source.root,
+        calibration=calibration,
+        prompts=prompts,
+        fingerprint=calibration_fingerprint(calibration, prompts, plan.source, digests, _name_of(device), threads),
+        device=device,
+        threads=threads or torch.get_num_threads(),
+        home=uncached if calibration.cache is False else cache_folder(calibration),
+    )
+
+
 def try_layers(recipe: Recipe, pattern: str) -> Report:
     """Quantize the layers whose names match `pattern` and write nothing: the report is all."""
     started = time.perf_counter()
     source = open_source(recipe.model)
     pipeline = recipe.pipeline()
     device = resolved_device(recipe.run.device)
-    plan = make_plan(source, pipeline)
+    plan = make_plan(source, pipeline, recipe.calibration)
     chosen = [
         (component, layer)
         for component in plan.components
@@ -114,20 +163,36 @@ def try_layers(recipe: Recipe, pattern: str) -> Report:
         raise ModelError(f"--only {pattern}: no layer matches; the first layer is '{first.name if first else ''}'.")
     records: dict[tuple[str, str], LayerRecord] = {}
     workers = resolved_workers(pipeline.workers, pipeline.threads)
-    with Progress("quantizing", sum(layer.out * layer.inn for _, layer in chosen)) as progress:
-        fits = in_parallel(
-            lambda item: _fit(item[0], item[1], pipeline, device), chosen, workers=workers, threads=pipeline.threads
-        )
-        for (component, layer), result in fits:
-            records[component.component.name, layer.name] = result.record
-            progress.advance(layer.out * layer.inn, layer.name)
+    with tempfile.TemporaryDirectory(prefix="loraq-") as uncached:
+        asked = any(layer.recipe.statistics for _, layer in chosen)
+        digests = source.digests() if asked else {}
+        calibrator = _calibrator(recipe, plan, device, digests, Path(uncached)) if asked else None
+        if calibrator is not None:
+            calibrator.collect([(component.component.name, layer) for component, layer in chosen])
+        with Progress("quantizing", sum(layer.out * layer.inn for _, layer in chosen)) as progress:
+            fits = in_parallel(
+                lambda item: _fit(item[0], item[1], pipeline, device, calibrator),
+                chosen,
+                workers=workers,
+                threads=pipeline.threads,
+            )
+            for (component, layer), result in fits:
+                records[component.component.name, layer.name] = result.record
+                progress.advance(layer.out * layer.inn, layer.name)
     ordered = tuple(records[component.component.name, layer.name] for component, layer in chosen)
     return Report(layers=ordered, seconds=time.perf_counter() - started)
 
 
-def _fit(component: ComponentPlan, layer: MatchedLayer, pipeline: Pipeline, device: torch.device) -> QuantizedLayer:
+def _fit(
+    component: ComponentPlan,
+    layer: MatchedLayer,
+    pipeline: Pipeline,
+    device: torch.device,
+    calibrator: Calibrator | None,
+) -> QuantizedLayer:
     weight = component.component.read(component.weight_name(layer)).flatten(1)
-    return quantize_layer(layer.name, weight.to(device), layer.recipe, seed=pipeline.seed)
+    known = NOTHING if calibrator is None else calibrator.statistics(component.component.name, layer, device)
+    return quantize_layer(layer.name, weight.to(device), layer.recipe, seed=pipeline.seed, statistics=known)
 
 
 def _checked_output(output: Path, source: Source) -> Path:
@@ -144,8 +209,14 @@ def _checked_output(output: Path, source: Source) -> Path:
     return resolved
 
 
-def _fingerprint(recipe: Recipe, plan: Plan, device: torch.device) -> dict[str, Any]:
-    """What the result's bytes depend on: equal fingerprints, equal bytes."""
+def _name_of(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _fingerprint(
+    recipe: Recipe, plan: Plan, device: torch.device, digests: Mapping[str, str], calibrator: Calibrator | None
+) -> dict[str, Any]:
+    """What the result's bytes depend on: equal fingerprints, equal bytes. Calibration only where it shapes them."""
     plain = recipe.to_plain()
     judged = {
         "component": plain["model"]["component"],
@@ -158,10 +229,17 @@ def _fingerprint(recipe: Recipe, plan: Plan, device: torch.device) -> dict[str, 
     }
     return {
         "recipe": hashlib.sha256(json.dumps(judged, sort_keys=True).encode()).hexdigest(),
-        "model": plan.source.digests(),
+        "model": dict(digests),
         "versions": versions(recipe, plan),
-        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-    }
+        "device": _name_of(device),
+    } | ({} if calibrator is None else {"calibration": _told_calibration(calibrator)})
+
+
+def _told_calibration(calibrator: Calibrator) -> dict[str, Any]:
+    """What shaped the statistics, for people and for comparing: the digest holds the model and the versions as well."""
+    told = {key: calibrator.fingerprint[key] for key in ("prompts", "settings", "threads")}
+    told["digest"] = digest_of(calibrator.fingerprint)
+    return dict(json.loads(json.dumps(told)))
 
 
 def versions(recipe: Recipe, plan: Plan) -> dict[str, str]:
@@ -220,11 +298,13 @@ def _record(plain: Mapping[str, Any]) -> LayerRecord:
 
 
 def _write_components(
-    plan: Plan, pipeline: Pipeline, journal: Journal, device: torch.device
+    plan: Plan, pipeline: Pipeline, journal: Journal, device: torch.device, calibrator: Calibrator | None
 ) -> dict[str, dict[str, LayerRecord]]:
     """All components' shards, written or taken up. Returns the layers' records by component and name."""
     records: dict[str, dict[str, LayerRecord]] = {}
     workers = resolved_workers(pipeline.workers, pipeline.threads)
+    if calibrator is not None:
+        _calibrate(plan, calibrator, journal)
     for component in plan.components:
         name = component.component.name
         with ShardWriter(journal.result / name, component.files) as writer:
@@ -232,13 +312,15 @@ def _write_components(
             if _unit(component, _KEPT) not in journal.entries:
                 _copy_kept(component, writer, journal)
             waiting = [layer for layer in component.layers if layer.name not in found]
+            if calibrator is not None:  # collects nothing but for layers whose bytes were spoilt
+                calibrator.collect([(name, layer) for layer in waiting])
             # Largest first: the last fits in flight are short, and the workers end together.
             waiting.sort(key=lambda layer: -layer.out * layer.inn)
 
             def finished(
                 layer: MatchedLayer, component: ComponentPlan = component, writer: ShardWriter = writer
             ) -> LayerRecord:
-                result = _fit(component, layer, pipeline, device)
+                result = _fit(component, layer, pipeline, device, calibrator)
                 tensors = {f"{layer.name}.{key}": tensor_bytes(tensor) for key, tensor in result.tensors.items()}
                 writer.write(tensors)
                 digest = _digest(sorted(tensors.items()))
@@ -253,6 +335,22 @@ def _write_components(
                     progress.advance(layer.out * layer.inn, layer.name)
             writer.finish()
     return records
+
+
+def _calibrate(plan: Plan, calibrator: Calibrator, journal: Journal) -> None:
+    """Collect what the layers ask for that the journal does not call written, of all components at once."""
+    waiting = [
+        (component.component.name, layer)
+        for component in plan.components
+        for layer in component.layers
+        if _unit(component, layer.name) not in journal.entries
+    ]
+    try:
+        calibrator.collect(waiting)
+    except InputError:
+        if not journal.entries:  # the recipe will be mended: leave no run of another fingerprint in its way
+            shutil.rmtree(journal.folder)
+        raise
 
 
 def _unit(component: ComponentPlan, name: str) -> str:

@@ -48,21 +48,34 @@ def load_pipeline(folder: Path, device: torch.device) -> Any:
     return pipeline.to(device)
 
 
-def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, Any], title: str) -> list[Image.Image]:
-    """A picture for each prompt; the first has `seed`, each further one the next. Raises InputError for a bad call."""
+def check_call(pipeline: Any, call: Mapping[str, Any], where: str = "samples.call") -> None:
+    """Raise InputError for an argument that the pipeline's call does not have; `where` the call was given."""
     known = list(inspect.signature(type(pipeline).__call__).parameters)
     for name in call:
         if name not in known:  # some pipelines take any argument and drop it silently
-            raise InputError(f"samples.call: {type(pipeline).__name__} takes no '{name}'{did_you_mean(name, known)}")
+            raise InputError(f"{where}: {type(pipeline).__name__} takes no '{name}'{did_you_mean(name, known)}")
+
+
+def draw_together(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]
+) -> list[Image.Image]:
+    """A picture for each prompt and its seed, in one call of the pipeline. Raises InputError for a bad call."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    one = len(prompts) == 1  # a pipeline that takes no lists draws pictures one by one
+    try:
+        found = pipeline(prompts[0] if one else list(prompts), generator=generators[0] if one else generators, **call)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"samples.call: {type(pipeline).__name__} does not take it: {error}") from error
+    return list(found.images)
+
+
+def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, Any], title: str) -> list[Image.Image]:
+    """A picture for each prompt; the first has `seed`, each further one the next. Raises InputError for a bad call."""
+    check_call(pipeline, call)
     pictures = []
     with Progress(title, len(prompts)) as progress:
         for place, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed(seed + place)
-            try:
-                found = pipeline(prompt, generator=generator, **call)
-            except (TypeError, ValueError) as error:
-                raise InputError(f"samples.call: {type(pipeline).__name__} does not take it: {error}") from error
-            pictures.append(found.images[0])
+            pictures.append(draw_together(pipeline, [prompt], [seed + place], call)[0])
             progress.advance(1, prompt)
     return pictures
 

@@ -1,4 +1,4 @@
-"""What all tests share: helpers as a module, a deterministic hypothesis profile, two torch threads at most."""
+"""What all tests share: helpers as a module, a deterministic hypothesis profile, one torch thread each."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -6,20 +6,27 @@ where a promise of loraq/contracts.py is broken.
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import torch
+from PIL import Image
 
+from loraq import formats
 from loraq.contracts import (
+    AbstractCalibrated,
     AbstractFormat,
     AbstractKernel,
     AbstractLowRank,
+    AbstractMetric,
     AbstractPacking,
     AbstractPreTransform,
     AbstractQuantizer,
 )
-from loraq.layer import Part
+from loraq.factors import deviation
+from loraq.layer import Coded, LayerContext, Part
 from loraq.layout import Layout
-from matrices import context, seeded, trained
+from matrices import calibrated_context, context, seeded, trained
 
 SHAPES = ((1, 1), (3, 5), (16, 64), (65, 130), (64, 200))
 
@@ -53,6 +60,29 @@ def number_format(format: AbstractFormat) -> None:
                 _fits_bits(coded.parts[name], part)
             nearest = (values - decoded).abs().max()
             assert nearest <= values.abs().max(), "rounding is worse than giving zero"
+            _points_are_what_decodes(format, coded, values)
+
+
+def _points_are_what_decodes(format: AbstractFormat, coded: Coded, values: torch.Tensor) -> None:
+    """Decoded values lie on the points of their scales, which choosing codes by point leaves as they are."""
+    if isinstance(format, formats.FloatFormat):
+        return
+    rows, columns = coded.shape
+    before = {name: tensor.clone() for name, tensor in coded.parts.items()}
+    points = format.points(coded)
+    assert points.shape[:2] == (rows, -(-columns // coded.group))
+    assert points.dtype == torch.float32
+    assert (points.diff(dim=-1) >= 0).all(), "points ascend"
+    chosen = torch.randint(points.shape[-1], (rows, columns), generator=torch.Generator().manual_seed(columns))
+    of_column = points.repeat_interleave(min(coded.group, columns), dim=1)[:, :columns]
+    assert torch.equal(
+        format.with_points(coded, chosen).decode(), of_column.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    )
+    assert torch.equal(formats.recoded(coded.decode(), coded).decode(), coded.decode())
+    errors = (values - formats.recoded(values, coded).decode()).abs()
+    least = (values.unsqueeze(-1) - of_column).abs().amin(dim=-1)
+    assert (errors <= least * (1 + 1e-5) + 1e-6 * values.abs().max()).all(), "another point is nearer"
+    assert all(torch.equal(before[name], tensor) for name, tensor in coded.parts.items()), "its argument was changed"
 
 
 def _fits_bits(tensor: torch.Tensor, part: Part) -> None:
@@ -68,8 +98,9 @@ def quantizer(strategy: AbstractQuantizer) -> None:
     for rows, columns in SHAPES:
         weight = trained(rows, columns, seed=3)
         before = weight.clone()
-        coded = strategy.encode(weight, context())
-        again = strategy.encode(weight, context())
+        known = calibrated_context(columns)
+        coded = strategy.encode(weight, known)
+        again = strategy.encode(weight, calibrated_context(columns))
         rounded = strategy.round(weight)
         guessed = strategy.round(weight * 1.01, rounded)
         assert torch.equal(weight, before), "encode or round changed its argument"
@@ -79,11 +110,16 @@ def quantizer(strategy: AbstractQuantizer) -> None:
             assert each.shape == (rows, columns)
             assert torch.isfinite(each.decode()).all()
         assert all(torch.equal(coded.parts[name], again.parts[name]) for name in coded.parts), "encode is not pure"
-        norm = weight.norm()
-        assert (weight - coded.decode()).norm() <= norm
-        assert (weight - rounded.decode()).norm() <= norm
+        assert deviation(weight - coded.decode(), known) <= deviation(weight, known)
+        assert deviation(weight - rounded.decode()) <= deviation(weight)
     zeros = torch.zeros(4, 70)
-    assert torch.equal(strategy.encode(zeros, context()).decode(), zeros)
+    assert torch.equal(strategy.encode(zeros, calibrated_context(70)).decode(), zeros)
+
+
+def told(inn: int, *strategies: object) -> LayerContext:
+    """A fresh context with statistics of an input of `inn` channels where one of the strategies asks for some."""
+    asks = any(isinstance(each, AbstractCalibrated) and each.statistics for each in strategies)
+    return calibrated_context(inn) if asks else context()
 
 
 def pre_transform(strategy: AbstractPreTransform) -> None:
@@ -91,12 +127,17 @@ def pre_transform(strategy: AbstractPreTransform) -> None:
     for out, inn in SHAPES:
         weight, input = trained(out, inn, seed=5), seeded(7, inn, seed=6)
         weight[:, 0] = 0
-        online = strategy.prepare(weight, context())
+        before = weight.clone()
+        online = strategy.prepare(weight, told(inn, strategy))
+        again = strategy.prepare(weight, told(inn, strategy))
         announced = strategy.parts(inn)
-        assert online.keys() == announced.keys()
+        assert online.keys() == announced.keys() == again.keys()
         for name, part in announced.items():
             assert tuple(online[name].shape) == part.shape
             assert str(online[name].dtype) == f"torch.{part.dtype}"
+            assert torch.equal(online[name], again[name]), "prepare is not a pure function"
+            _fits_bits(online[name], part)
+        assert torch.equal(weight, before), "prepare changed its argument"
         expected = input.double() @ weight.double().T
         found = strategy.input(input, online).double() @ strategy.weight(weight, online).double().T
         assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max() + 1e-30), rtol=1e-4)
@@ -109,17 +150,18 @@ def low_rank(
     for out, inn in shapes:  # type: ignore[attr-defined]
         weight = trained(out, inn, seed=7)
         before = weight.clone()
-        alone = (weight - main.encode(weight, context()).decode()).square().sum()
+        known = told(inn, strategy, main, branch)
+        alone = deviation(weight - main.encode(weight, known).decode(), known)
         for rank in {0, 1, min(out, inn, 9)} if strategy.has_branch else {0}:
-            fit = strategy.fit(weight, main, branch, rank, context())
-            again = strategy.fit(weight, main, branch, rank, context())
+            fit = strategy.fit(weight, main, branch, rank, told(inn, strategy, main, branch))
+            again = strategy.fit(weight, main, branch, rank, told(inn, strategy, main, branch))
             assert torch.equal(weight, before), "fit changed its argument"
             assert fit.rank == rank
             assert (fit.main.format, fit.main.group) == (main.format, main.group_for(inn))
             if rank:
                 assert (fit.down.format, fit.down.group) == (branch.format, branch.group_for(inn))
                 assert (fit.up.format, fit.up.group) == (branch.format, branch.group_for(rank))
-            assert (weight - fit.decode()).square().sum() <= alone * (1 + 1e-6)
+            assert deviation(weight - fit.decode(), known) <= alone * (1 + 1e-6)
             assert torch.equal(fit.decode(), again.decode()), "fit is not a pure function"
 
 
@@ -183,3 +225,19 @@ def kernel(backend: AbstractKernel, tensors: dict[str, torch.Tensor], layout: La
             written[name].copy_(tensor.flip(0))
     expected = ops.reference(input, written, None, layout)
     assert torch.allclose(backend.linear(input, written, None, layout), expected, rtol=1e-2, atol=1e-2)
+
+
+def metric(metric: AbstractMetric) -> None:
+    """A finite figure a picture, the same each time; no picture is nearer to the original's than an equal one."""
+    assert metric.better in ("higher", "lower")
+    if metric.refusal() is not None:
+        return
+    noise = [seeded(24, 32 * 3, seed=seed).sigmoid().mul(255).byte().reshape(24, 32, 3) for seed in (1, 2)]
+    original, other = (Image.fromarray(each.numpy()) for each in noise)
+    before = [picture.tobytes() for picture in (original, other)]
+    figures = [metric.measure(picture, original, "a prompt") for picture in (other, original, other)]
+    assert all(isinstance(figure, float) and math.isfinite(figure) for figure in figures)
+    assert figures[0] == figures[2]
+    if metric.paired:
+        assert figures[1] > figures[0] if metric.better == "higher" else figures[1] < figures[0]
+    assert before == [picture.tobytes() for picture in (original, other)]

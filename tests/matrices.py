@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loraq.input_statistics import ChannelMaxima, ChannelMeans, Gram, InputStatistics, TokenSample
 from loraq.layer import LayerContext
 from loraq.pipeline import layer_generator
 
@@ -30,6 +31,25 @@ def trained(out: int, inn: int, seed: int = 0) -> Tensor:
 def context(name: str = "layer", seed: int = 0) -> LayerContext:
     """A layer context with its generator."""
     return LayerContext(name, layer_generator(seed, name))
+
+
+def correlated(tokens: int, inn: int, seed: int = 0) -> Tensor:
+    """An input (tokens, inn) that looks real: correlated channels, some much larger than others, one always 0."""
+    mixing = seeded(inn, inn, seed=seed + 1) / inn**0.5 + torch.eye(inn) / 2
+    input = seeded(tokens, inn, seed=seed) @ (mixing * torch.logspace(0, -1.5, inn).unsqueeze(1)) + 0.1
+    input[:, 1 :: max(2, inn // 4)] *= 5
+    if inn > 3:
+        input[:, 2] = 0
+    return input
+
+
+def calibrated_context(inn: int, seed: int = 0, tokens: int = 256) -> LayerContext:
+    """A layer context that knows all usual statistics of a `correlated` input (tokens, inn)."""
+    input = correlated(tokens, inn, seed)
+    generator = torch.Generator().manual_seed(seed)
+    kinds = (Gram, ChannelMaxima, ChannelMeans, TokenSample)
+    found = {kind: kind.empty(inn, "cpu", sample=64).observed(input, generator) for kind in kinds}
+    return LayerContext("layer", layer_generator(seed, "layer"), InputStatistics(found))
 
 
 @st.composite

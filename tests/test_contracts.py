@@ -10,7 +10,7 @@ from loraq import registry
 QUANTIZERS = [
     (kind, name) for kind in ("main_quantizer", "branch_quantizer") for name in registry.names(f"loraq.{kind}")
 ]
-KINDS = ("pre_transform", "main_quantizer", "low_rank", "branch_quantizer", "packing")
+KINDS = ("pre_transform", "main_quantizer", "low_rank", "branch_quantizer", "packing", "metric")
 ALL = [(kind, name) for kind in KINDS for name in registry.names(f"loraq.{kind}")]
 
 
@@ -41,6 +41,18 @@ def test_low_rank(name: str, branch: str) -> None:
     contracts.low_rank(registry.load("loraq.low_rank", name)(), main, registry.load("loraq.branch_quantizer", branch)())
 
 
+@pytest.mark.parametrize("name", registry.names("loraq.low_rank"))
+def test_low_rank_beside_calibrated_main_codes(name: str) -> None:
+    """A final rounding that reads statistics, which no step of a fit's loop does."""
+    main, branch = registry.load("loraq.main_quantizer", "gptq")(), registry.load("loraq.branch_quantizer", "rtn")()
+    contracts.low_rank(registry.load("loraq.low_rank", name)(), main, branch, shapes=((3, 5), (16, 64)))
+
+
 @pytest.mark.parametrize("name", registry.names("loraq.packing"))
 def test_packing(name: str) -> None:
     contracts.packing(registry.load("loraq.packing", name)())
+
+
+@pytest.mark.parametrize("name", registry.names("loraq.metric"))
+def test_metric(name: str) -> None:
+    contracts.metric(registry.load("loraq.metric", name)())

@@ -180,6 +180,8 @@ def test_integer_products_agree_with_decoded_ones(name: str) -> None:
         ("fp8_e4m3", 8.25), ("mxfp8", 8.25), ("mxfp6_e2m3", 6.25), ("mxfp6_e3m2", 6.25), ("mxfp4", 4.25),
         ("mxint8", 8.25), ("mxint6", 6.25), ("mxint4", 4.25), ("nvfp4", 4.5 + 32 / (64 * 640)),
         ("int4x2", 4 + 8 / 64 + 16 / 640), ("int2", 2.25), ("int3", 3.25),
+        ("int4_offset", 4.5), ("int3_offset", 3.5), ("int1_binary", 2.5), ("int2_binary", 3.5), ("int3_binary", 4.5),
+        ("int3_mixed", 3.25 + 2 / 640), ("int4_mixed", 4.25 + 2 / 640),
     ],
 )  # fmt: skip
 def test_stored_bits_are_exact(name: str, bits: float) -> None:

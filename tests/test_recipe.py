@@ -181,7 +181,7 @@ def test_a_near_miss_is_guessed(path: str, value: object, near: str) -> None:
         ("[[stage]]\nkind = 'low_rank'", "stage[0].strategy: is missing; on offer: alternating, "),
         ("layers = 3", "layers: expected [[layers]] tables, got 3"),
         ("layers = [3]", "layers[0]: expected a table, got 3"),
-        ("[laiers]", "laiers: unknown key 'laiers' (a recipe knows model, run, stage, layers, samples); did you mean"),
+        ("[laiers]", "laiers: unknown key 'laiers' (a recipe knows model, run, stage, layers, samples, calibration)"),
         ("[samples]", "samples.prompts: is missing"),
         ("[samples]\nprompts = 'a'\ncall = 3", "samples.call: expected a table, got 3"),
         ("[samples]\nprompts = 'a'\ncall = { at = 2026-01-01 }", "samples.call: 'at' must be text, a number, true or"),
@@ -444,7 +444,7 @@ def test_set_prefers_a_stage_of_that_name_and_refuses_to_guess() -> None:
         ("low_rank..rank=3", "--set low_rank..rank=3: expected path=value"),
         (
             "lowrank.rank=3",
-            "--set lowrank.rank=3: no section or stage 'lowrank'; there are model, run, samples, pre_tra",
+            "--set lowrank.rank=3: no section or stage 'lowrank'; there are model, run, samples, calibration",
         ),
         ("low_rank.rank=abc", "stage[2].rank: expected an integer, got 'abc'"),
         ("low_rank.rank=true", "stage[2].rank: expected an integer, got True"),

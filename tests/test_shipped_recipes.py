@@ -41,7 +41,7 @@ def test_the_quickstart_and_every_hub_recipe_are_there() -> None:
 @pytest.mark.parametrize("name", LOCAL)
 def test_local_recipes_quantize_a_layer_of_the_shipped_model(name: str) -> None:
     recipe = recipes.load(shipped_recipes()[name])
-    plan = make_plan(open_source(recipe.model), recipe.pipeline())
+    plan = make_plan(open_source(recipe.model), recipe.pipeline(), recipe.calibration)
     assert len(list(plan.layers)) == 60
     report = try_layers(recipe, "transformer_blocks.3.attn1.to_q")
     assert report.layers[0].error_after < report.layers[0].error_before

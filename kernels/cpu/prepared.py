@@ -3,7 +3,7 @@
 `refusal` says which layouts can be made ready: integers of at most 8 bits on both sides of the main product. A branch
 that is not so (16 bits, an unrounded intermediate) runs in torch beside it (`branch` is False). The
 online transforms are fused into the rounding of rows where they are, in this order, at most one smoothing and one
-Hadamard rotation; others run in torch before the kernel (`fused` is False).
+Hadamard rotation, whose signs are smoothing by 1 and -1; others run in torch before the kernel (`fused` is False).
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 192 * 1024
 """A block's codes should leave room for a panel of weights in a second-level cache."""
 _LARGEST_BLOCK = 128
+_SMOOTHINGS = ("smooth", "smooth_calibrated", "smooth_closed_form")
+"""Transforms whose online part is `scales`, which the input is divided by."""
 _LARGEST_INN = 60_000
 """Sums of 8-bit codes over longer segments would not fit 32 bits."""
 
@@ -207,16 +209,24 @@ class _Maker:
         """Write the online transforms into `record`; False where torch has to run them."""
         chain = [_plain(each) for each in self.layout.transforms]
         names = [plain.get("strategy") for plain in chain]
-        if names not in ([], ["hadamard"], ["smooth"], ["smooth", "hadamard"]):
+        smoothed = names[:1] if names and names[0] in _SMOOTHINGS else []
+        if names not in (smoothed, [*smoothed, "hadamard"]):
             return False
-        if "smooth" in names:
-            part = self.layout.transforms[0].parts(self.layout.inn)["scales"]
-            scales = self.layout.packing.unpack(self.tensors["transform.0.scales"], part)
-            record.smoothing = self._hold(scales.float().numpy())
-        if "hadamard" in names:
+        divisors = self._online(0, "scales").float() if smoothed else None
+        if names[-1:] == ["hadamard"]:
             record.block = math.gcd(self.layout.inn, int(chain[-1]["largest_block"]))
             record.factor = 1 / math.sqrt(record.block)
+            if chain[-1]["signs"]:  # dividing by a negative divisor is exactly dividing, then changing the sign
+                signs = 1 - 2 * self._online(len(chain) - 1, "signs").float()
+                divisors = signs if divisors is None else divisors * signs
+        if divisors is not None:
+            record.smoothing = self._hold(divisors.numpy())
         return True
+
+    def _online(self, index: int, name: str) -> Tensor:
+        """A transform's stored online part."""
+        part = self.layout.transforms[index].parts(self.layout.inn)[name]
+        return self.layout.packing.unpack(self.tensors[f"transform.{index}.{name}"], part)
 
 
 def _plain(transform: AbstractPreTransform) -> dict[str, Any]:

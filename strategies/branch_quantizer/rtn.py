@@ -16,7 +16,7 @@ import attrs
 from loraq import formats, rounding
 from loraq.activation import Activation, group_validator
 from loraq.activation import activation as as_activation
-from loraq.contracts import AbstractFormat, AbstractQuantizer
+from loraq.contracts import AbstractFormat, AbstractPlainRounding, AbstractQuantizer
 from loraq.layer import Coded, LayerContext
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(kw_only=True)
-class Rtn(AbstractQuantizer):
+class Rtn(AbstractQuantizer, AbstractPlainRounding):
     """Rounds both factors of the branch to the nearest point of each group's grid."""
 
     weight: AbstractFormat = attrs.field(default=formats.INT8, converter=formats.named)

@@ -6,8 +6,8 @@ The main codes are those of the weight itself, so the branch can only add to the
 branch leaves instead. Rounding errors are close to noise, whose singular values hardly fall, so a small rank takes
 little of them.
 
-Source: ZeroQuant-V2, arXiv 2303.08302, section 4 (LoRC); LQER, arXiv 2402.02446, equation 5, without its scaling by
-activations.
+Source: ZeroQuant-V2, arXiv 2303.08302, section 4 (LoRC); LQER, arXiv 2402.02446, equation 5, whose scaling by
+activations is scaled_error_svd.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,11 @@ and R is its own inverse. The online part is the block size alone, which follows
 rotated by the fast transform, log2(block) passes of additions, in every forward pass. An odd `inn` has blocks of one:
 nothing happens.
 
+With `signs`, x̃ = (x · s) R and W̃ = (W · s) R for random signs s = ±1, so that no input is so regular that a row of R
+gathers it in one place; the signs, a bit an input channel, are stored.
+
 Source: QuaRot, arXiv 2404.00456, which rotates whole power-of-two widths; blocks make it fit 1152 = 9·128 and 5600.
+Random signs: QuIP#, arXiv 2402.04396, section 3.
 """
 
 from __future__ import annotations
@@ -39,22 +43,28 @@ class Hadamard(AbstractPreTransform):
 
     largest_block: int = attrs.field(default=128, validator=_power_of_two)
     """Largest block, a power of two; the block is the largest power of two up to this that divides `inn`."""
+    signs: bool = False
+    """Whether channels first get random signs, one stored bit each."""
 
     def parts(self, inn: int) -> dict[str, Part]:
-        del inn
-        return {}
+        return {"signs": Part((inn,), "uint8", 1)} if self.signs else {}
 
     def prepare(self, weight: Tensor, context: LayerContext) -> dict[str, Tensor]:
-        del weight, context
-        return {}
+        if not self.signs:
+            return {}
+        generator = context.generator
+        drawn = torch.randint(2, (weight.shape[1],), generator=generator, device=generator.device, dtype=torch.uint8)
+        return {"signs": drawn.to(weight.device)}
 
     def weight(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        del tensors
-        return self._rotated(weight)
+        return self._rotated(self._signed(weight, tensors))
 
     def input(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        del tensors
-        return self._rotated(input)
+        return self._rotated(self._signed(input, tensors))
+
+    def _signed(self, values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """`values` (rows, inn) with the columns whose stored sign is 1 negated."""
+        return values * (1 - 2 * tensors["signs"].to(values.dtype)) if self.signs else values
 
     def _rotated(self, values: Tensor) -> Tensor:
         """`values` (rows, inn) with each block of columns rotated."""

@@ -15,13 +15,13 @@ point format and the layer's function is unchanged bit for bit but for the order
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import attrs
 
-from loraq.contracts import AbstractPreTransform
-from loraq.layer import LayerContext, Part
+from loraq.layer import LayerContext
+
+from .channel_scales import AbstractChannelScales, centred, stored
 
 if TYPE_CHECKING:
     import torch
@@ -31,26 +31,15 @@ else:
 
 
 @attrs.frozen(kw_only=True)
-class Smooth(AbstractPreTransform):
+class Smooth(AbstractChannelScales):
     """Evens out the weight's input channels, moving their size into the input."""
 
     strength: float = attrs.field(default=0.5, validator=[attrs.validators.ge(0), attrs.validators.le(1)])
     """How much of a channel's size is moved, from 0 (nothing) to 1 (all channels equally large)."""
 
-    def parts(self, inn: int) -> dict[str, Part]:
-        return {"scales": Part((inn,), "bfloat16", 16)}
-
     def prepare(self, weight: Tensor, context: LayerContext) -> dict[str, Tensor]:
         del context
         largest = weight.abs().amax(dim=0)
         present = largest > 0
-        exponents = torch.where(present, -self.strength * torch.log2(torch.where(present, largest, 1.0)), 0.0)
-        mean = exponents.sum() / present.sum().clamp(min=1)
-        centred = torch.where(present, exponents - mean, 0.0).round().clamp(-60, 60)
-        return {"scales": torch.exp2(centred).to(torch.bfloat16)}
-
-    def weight(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        return weight * tensors["scales"].float()
-
-    def input(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        return input / tensors["scales"].float()
+        exponents = -self.strength * torch.log2(torch.where(present, largest, 1.0))
+        return stored(centred(exponents, present).round())

@@ -14,6 +14,18 @@ from matrices import seeded
 
 ACTIVATIONS = st.sampled_from(["int4", "int6", "int8"])
 WEIGHTS = st.sampled_from(["int2", "int4", "int6", "int8", "ternary", "int4_asymmetric", "int6_asymmetric", "int4x2"])
+SIGNED = {"strategy": "hadamard", "signs": True}
+FUSED = [
+    (),
+    ("hadamard",),
+    (SIGNED,),
+    ("smooth",),
+    ("smooth", "hadamard"),
+    ("smooth_calibrated", SIGNED),
+    ("smooth_closed_form", "hadamard"),
+]
+"""Transforms that the kernel does itself."""
+TRANSFORMS = [*FUSED, ("hadamard", "smooth_closed_form"), (SIGNED, "hadamard")]
 GROUPS = st.sampled_from([1, 3, 16, 32, 64, 100, 1000])
 
 
@@ -27,7 +39,7 @@ def layout_of(
     activation: Any = "int8",
     branch_activation: Any = "int8",
     group: int = 64,
-    transforms: tuple[str, ...] = (),
+    transforms: tuple[str | dict[str, Any], ...] = (),
 ) -> Layout:
     """A layout of integer formats, all weights in groups of `group`."""
     plain: dict[str, Any] = {
@@ -37,7 +49,7 @@ def layout_of(
         "main": {"format": weight, "group": group},
         "activation": activation,
         "packing": {"strategy": "rows"},
-        "transforms": [{"strategy": name} for name in transforms],
+        "transforms": [{"strategy": each} if isinstance(each, str) else each for each in transforms],
     }
     if rank:
         both = {"format": branch, "group": group}
@@ -63,8 +75,11 @@ def tensors_of(layout: Layout, seed: int = 0) -> dict[str, Tensor]:
         parts |= {f"{name}.codes": codes, f"{name}.scales": scales}
     for index, transform in enumerate(layout.transforms):
         for name, part in transform.parts(layout.inn).items():
-            exponents = torch.randint(-9, 9, part.shape, generator=generator)
-            parts[f"transform.{index}.{name}"] = torch.exp2(exponents.float()).to(getattr(torch, part.dtype))
+            if part.bits == 1:
+                online = torch.randint(2, part.shape, generator=generator)
+            else:  # no powers of two, by which multiplying would be as good as dividing
+                online = torch.exp2(18 * torch.rand(part.shape, generator=generator) - 9)
+            parts[f"transform.{index}.{name}"] = online.to(getattr(torch, part.dtype))
     return layout.pack(parts)
 
 
@@ -97,7 +112,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         activation=first,
         branch_activation=draw(st.one_of(st.just(first), st.builds(activation))),
         group=draw(GROUPS),
-        transforms=draw(st.sampled_from([(), ("hadamard",), ("smooth",), ("smooth", "hadamard")])),
+        transforms=draw(st.sampled_from(TRANSFORMS)),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraq.kernels.cpu.backend import CpuKernel
-from random_layers import inputs_of, layout_of, layouts, same, tensors_of
+from random_layers import FUSED, TRANSFORMS, inputs_of, layout_of, layouts, same, tensors_of
 
 import contracts
 from loraq import ops
@@ -53,6 +53,14 @@ def test_a_cut_in_many_parts(kernel: CpuKernel, threads: int, two_threads: None)
     layout = layout_of(1100, 576, 32)
     for tokens in (5, 16, 40, 300):
         agrees(kernel, layout, inputs_of(tokens, 576), None)
+
+
+@pytest.mark.parametrize("transforms", TRANSFORMS, ids=str)
+def test_online_transforms(kernel: CpuKernel, transforms: tuple[str | dict[str, object], ...]) -> None:
+    """Rotations, their signs and smoothings, in the kernel or in torch before it."""
+    layout = layout_of(70, 192, 9, transforms=transforms)
+    agrees(kernel, layout, inputs_of(20, 192), None)
+    assert kernel._prepared(tensors_of(layout), layout).fused == (transforms in FUSED)
 
 
 @pytest.mark.parametrize("weight", ["int4", "int8"])
