@@ -76,7 +76,7 @@ class Method:
     name: str
     low_rank: dict[str, Any]
     branch: dict[str, Any]
-    main: str = "rtn"
+    main: dict[str, Any] = attrs.field(factory=lambda: {"strategy": "rtn"})
     per_activation: bool = False
     """Whether the fit looks at how the input is rounded, and is made anew for each format."""
 
@@ -110,27 +110,40 @@ def width(bits: int) -> dict[str, Any]:
 
 def methods(steps: int) -> tuple[Method, ...]:
     """What is compared; those with a strategy that is not installed are left out."""
-    loraq = {"strategy": "loraq", "steps": steps}
+    loraq, loraq_fast = ({"strategy": name, "steps": steps} for name in ("loraq", "loraq_fast"))
     error_svd, scaled, qera, deflated, svd = (
         {"strategy": name} for name in ("error_svd", "scaled_error_svd", "qera", "deflated", "svd")
     )
-    rows = []
-    for main in ("rtn", "gptq"):
-        suffix = "" if main == "rtn" else " + gptq"
+    rtn, gptq = {"strategy": "rtn"}, {"strategy": "gptq"}
+    noisy = gptq | {"noise": 1, "damping": 0.1}
+    rows = [Method("loraq W4", loraq, width(4), rtn)]
+    for main, suffix in ((rtn, ""), (gptq, " + gptq")):
         rows += [
             Method(f"svd W16{suffix}", svd, SIXTEEN, main),
             Method(f"error_svd W16{suffix}", error_svd, SIXTEEN, main),
             Method(f"scaled_error_svd W16{suffix}", scaled, SIXTEEN, main),
             Method(f"qera W16{suffix}", qera, SIXTEEN, main),
             Method(f"qera W4{suffix}", qera, width(4), main),
-            *(Method(f"loraq W{bits}{suffix}", loraq, width(bits), main) for bits in (8, 6, 4)),
+            *(Method(f"loraq_fast W{bits}{suffix}", loraq_fast, width(bits), main) for bits in (8, 6, 4)),
+        ]
+    rows.append(Method("svd W16 + gptq noise", svd, SIXTEEN, noisy, per_activation=True))
+    rows += [
+        Method(f"loraq_fast W{bits} + gptq noise", loraq_fast, width(bits), noisy, per_activation=True)
+        for bits in (8, 6, 4)
+    ]
+    for noise in (1, 2):
+        quiet = loraq_fast | {"noise": noise}
+        rows += [
+            Method(f"loraq_fast noise {noise} W{bits}{suffix}", quiet, width(bits), main, per_activation=True)
+            for main, suffix in ((rtn, ""), (gptq, " + gptq"), (noisy, " + gptq noise"))
+            for bits in (8, 6, 4)
         ]
     wiener = deflated | {"wiener": True, "noise": 0.3, "damping": 0.03}
     for name, fit in (("deflated", deflated), ("deflated wiener", wiener)):
         rows.append(Method(f"{name} W16", fit, SIXTEEN, per_activation=True))
         rows += [Method(f"{name} W{bits}", fit, width(bits), per_activation=True) for bits in (8, 6, 4)]
     fits, mains = registry.names("loraq.low_rank"), registry.names("loraq.main_quantizer")
-    return tuple(row for row in rows if row.low_rank["strategy"] in fits and row.main in mains)
+    return tuple(row for row in rows if row.low_rank["strategy"] in fits and row.main["strategy"] in mains)
 
 
 def collected(recipe: Path, sample: int, held_out: int, seed: int = 0) -> list[Layer]:
@@ -174,7 +187,7 @@ def stages(method: Method, transforms: Sequence[dict[str, Any]], activation: str
     """The recipe of one row."""
     return [
         *(make_stage("pre_transform", **transform) for transform in transforms),
-        make_stage("main_quantizer", method.main, activation=activation),
+        make_stage("main_quantizer", **method.main, activation=activation),
         make_stage("low_rank", **method.low_rank, budget=budget),
         make_stage("branch_quantizer", **method.branch),
     ]
@@ -233,7 +246,7 @@ def table(figures: Sequence[Figure]) -> str:
     """The figures as text, a line a budget and method: mean, best and worst ratio at each format of activations."""
     activations = list(dict.fromkeys(figure.activation for figure in figures))
     head = "".join(f"{'W4' + each.replace('int', 'A'):>8} {'best':>6} {'worst':>6}" for each in activations)
-    lines = [f"{'budget':10} {'method':27} {head} {'ranks':>9} {'seconds':>8}"]
+    lines = [f"{'budget':10} {'method':30} {head} {'ranks':>9} {'seconds':>8}"]
     for budget, method in dict.fromkeys((figure.budget, figure.method) for figure in figures):
         rows = [figure for figure in figures if (figure.budget, figure.method) == (budget, method)]
         cells = ""
@@ -243,7 +256,7 @@ def table(figures: Sequence[Figure]) -> str:
         ranks = sorted({row.rank for row in rows})
         span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
         seconds = sum(row.seconds for row in rows if row.activation == activations[0])
-        lines.append(f"{budget:10} {method:27} {cells} {span:>9} {seconds:8.1f}")
+        lines.append(f"{budget:10} {method:30} {cells} {span:>9} {seconds:8.1f}")
     return "\n".join(lines)
 
 
@@ -256,7 +269,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--method", action="append", help="a method's name, as in the table (repeatable)")
     parser.add_argument("--transform", action="append", help="'hadamard' (default), 'none' or a TOML table")
     parser.add_argument("--layers", type=int, default=0, help="take only so many layers, evenly spaced")
-    parser.add_argument("--steps", type=int, default=200, help="loraq's steps of gradient descent")
+    parser.add_argument("--steps", type=int, default=200, help="steps of loraq and loraq_fast")
     parser.add_argument("--sample", type=int, default=512, help="tokens kept for calibration")
     parser.add_argument("--held-out", type=int, default=1024, help="tokens kept for the evaluation")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
@@ -265,7 +278,7 @@ def arguments() -> argparse.Namespace:
 
 def transforms_of(written: Sequence[str]) -> list[dict[str, Any]]:
     """The transforms as tables: `hadamard` or `{strategy = "hadamard", signs = true}`."""
-    from loraq.recipe import toml_value
+    from loraq.settings import toml_value
 
     tables = []
     for each in written:

@@ -19,6 +19,8 @@ else:
 _OVERSAMPLING = 24
 """Columns beyond the rank that a randomised SVD draws."""
 _POWER_ITERATIONS = 2
+_CANCELLED = 3e-5
+"""An output error smaller than so much of ||D||² ||H|| is summed in float64: float32 has lost its fifth digit there."""
 _SMALL = 4
 """A side shorter than so many times the columns drawn is decomposed whole: that is faster (measured)."""
 
@@ -167,13 +169,23 @@ def error(weight: Tensor, fit: Fit, context: LayerContext | None = None) -> floa
 
 
 def deviation(difference: Tensor, context: LayerContext | None = None) -> float:
-    """The norm of a `difference` (out, inn) of two weights, float64 so that small weights' squares do not underflow.
+    """The norm of a `difference` (out, inn) of two weights, safe from underflow, to a relative 1e-5.
 
     Where `context` knows the input's Gram matrix, the root mean square over tokens of what the difference does to the
     output, `sqrt(tr(D E[x xᵀ] Dᵀ))`; else the Frobenius norm.
     """
     gram = None if context is None else context.statistics.get(Gram)
-    values = difference.double()
     if gram is None:
-        return float(torch.linalg.vector_norm(values))
-    return math.sqrt(max(0.0, float((values @ gram.mean.double()).mul_(values).sum())))
+        return float(torch.linalg.vector_norm(difference.double()))
+    mean = gram.mean
+    peaks = [float(each.abs().max()) if each.numel() else 0.0 for each in (difference, mean)]
+    if not min(peaks) > 0:
+        return 0.0
+    unit, size = (2.0 ** (math.frexp(peak)[1] - 1) for peak in peaks)  # powers of two, by which division rounds nothing
+    values, scaled = (difference / unit).float(), mean / size
+    square = float((values @ scaled).mul_(values).sum(dtype=torch.float64))
+    most = float(torch.linalg.vector_norm(values)) ** 2 * float(torch.linalg.vector_norm(scaled))
+    if not square > _CANCELLED * most:  # the difference avoids all that is large in the input
+        exact = values.double()
+        square = float((exact @ scaled.double()).mul_(exact).sum())
+    return unit * math.sqrt(size) * math.sqrt(max(0.0, square))

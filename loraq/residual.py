@@ -50,13 +50,23 @@ class ResidualRounding:
     `weight` may be given in any `unit`: codes are those of `weight * unit`. With `crest` above 0 an error counts the
     more the nearer it is to half a step of the grid, E (1 - crest + crest (2 E / step)²): those are the weights whose
     codes are about to flip, and where the branch's own rounding is coarse they alone are worth moving. Only integer
-    formats have one step a group; others are not weighted.
+    formats have one step a group; others are not weighted. `noise` n adds n ||R||² to the loss and n R to the error:
+    what the main product makes of an input whose rounding adds noise of that variance.
     """
 
-    def __init__(self, weight: Tensor, main: AbstractQuantizer, *, unit: float = 1.0, crest: float = 0.0) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        main: AbstractQuantizer,
+        *,
+        unit: float = 1.0,
+        crest: float = 0.0,
+        noise: float = 0.0,
+    ) -> None:
         self._weight = weight
         self._main = main
         self._unit = unit
+        self._noise = noise
         self.crest = crest
         self._guess: Coded | None = None
         self._fused: residual_numba.Fused | None = None
@@ -76,9 +86,9 @@ class ResidualRounding:
         return root_mean_square(residual), root_mean_square(error)
 
     def step(self, product: Tensor) -> tuple[Tensor, float]:
-        """(E weighted by crest, in the dtype of `product`, and ||E||) for `product` (out, inn)."""
+        """(E weighted by crest, in the dtype of `product`, and ||E||) for `product` (out, inn), noise included."""
         if self._fused is not None:
-            return self._fused.step(product, self.crest)
+            return self._fused.step(product, self.crest, self._noise)
         residual = self._weight - product.float()
         self._guess = self._main.round(residual * self._unit, self._guess)
         error = residual - self._guess.decode() / self._unit
@@ -88,6 +98,9 @@ class ResidualRounding:
             steps = formats.grouped(error, group) / torch.where(scales > 0, scales / self._unit, torch.inf).unsqueeze(2)
             share = (2 * formats.ungrouped(steps, error.shape[1])).square_().clamp_(max=4)
             error = error * (1 - self.crest + self.crest * share)
+        if self._noise:
+            error = torch.add(error, residual, alpha=self._noise)
+            loss = math.hypot(loss, math.sqrt(self._noise) * float(torch.linalg.vector_norm(residual)))
         return error.to(product.dtype), loss
 
 

@@ -63,8 +63,8 @@ def _squared_error(residual: Array, scale: Any, top: Any) -> Any:
 
 
 @_compiled
-def _error(residual: Array, scale: Any, top: Any, crest: Any) -> None:
-    """The rounding errors of one group at `scale`, weighted, in place of the residual."""
+def _error(residual: Array, scale: Any, top: Any, crest: Any, noise: Any) -> None:
+    """The rounding errors of one group at `scale`, weighted, and `noise` times the residual, in place of it."""
     inverse = _ONE / scale if scale > _ZERO else _ZERO
     bottom = -top - _ONE
     plain, steep, most = _ONE - crest, _FOUR * crest * inverse * inverse, scale * scale
@@ -76,12 +76,12 @@ def _error(residual: Array, scale: Any, top: Any, crest: Any) -> None:
         error = value - code * scale
         square = error * error
         square = square if square < most else most
-        residual[column] = error * (plain + steep * square)
+        residual[column] = error * (plain + steep * square) + noise * value
 
 
 @_compiled
-def _group(residual: Array, guess: Any, top: Any, crest: Any) -> tuple[Any, Any]:
-    """(scale, squared error) of one group, whose residual becomes its weighted error."""
+def _group(residual: Array, guess: Any, top: Any, crest: Any, noise: Any) -> tuple[Any, Any]:
+    """(scale, loss) of one group, whose residual becomes its weighted error."""
     if not guess > _ZERO:  # an all-zero group has a scale of 0, from which multiplying would never get away
         for column in range(residual.size):
             guess = abs(residual[column]) if abs(residual[column]) > guess else guess
@@ -93,13 +93,18 @@ def _group(residual: Array, guess: Any, top: Any, crest: Any) -> tuple[Any, Any]
     error = _squared_error(residual, guess * _HIGHER, top)
     if error < least:
         scale, least = guess * _HIGHER, error
-    _error(residual, scale, top, crest)
+    if noise > _ZERO:
+        squares = _ZERO
+        for column in range(residual.size):
+            squares += residual[column] * residual[column]
+        least += noise * squares
+    _error(residual, scale, top, crest, noise)
     return scale, least
 
 
 @_compiled
 def _step_bfloat16(
-    weight: Array, product: Array, scales: Array, group: int, top: Any, crest: Any, errors: Array
+    weight: Array, product: Array, scales: Array, group: int, top: Any, crest: Any, noise: Any, errors: Array
 ) -> float:
     """The errors of `weight - product`, bfloat16 as uint16; moves `scales`; returns the sum of squares."""
     rows, columns = weight.shape
@@ -114,7 +119,7 @@ def _step_bfloat16(
             for column in range(residual.size):
                 bits = numpy.uint32(numpy.uint32(taken[column]) << numpy.uint32(16))
                 residual[column] = part[column] - bits.view(numpy.float32)
-            scales[row, index], least = _group(residual, scales[row, index], top, crest)
+            scales[row, index], least = _group(residual, scales[row, index], top, crest, noise)
             total += least
             for column in range(residual.size):
                 made[column] = _store_bfloat16(residual[column])
@@ -123,7 +128,7 @@ def _step_bfloat16(
 
 @_compiled
 def _step_float32(
-    weight: Array, product: Array, scales: Array, group: int, top: Any, crest: Any, errors: Array
+    weight: Array, product: Array, scales: Array, group: int, top: Any, crest: Any, noise: Any, errors: Array
 ) -> float:
     """The same in float32, for processors that do not multiply bfloat16."""
     rows, columns = weight.shape
@@ -135,7 +140,7 @@ def _step_float32(
             part, taken, residual = weight[row, first:last], product[row, first:last], errors[row, first:last]
             for column in range(residual.size):
                 residual[column] = part[column] - taken[column]
-            scales[row, index], least = _group(residual, scales[row, index], top, crest)
+            scales[row, index], least = _group(residual, scales[row, index], top, crest, noise)
             total += least
     return total
 
@@ -222,13 +227,20 @@ class Fused:
         self._errors: Tensor | None = None
         self.scales = torch.empty(0)
 
-    def step(self, product: Tensor, crest: float) -> tuple[Tensor, float]:
-        """(E weighted by `crest`, bfloat16 or float32 as `product` is; ||E||). The next step overwrites E."""
+    def step(self, product: Tensor, crest: float, noise: float) -> tuple[Tensor, float]:
+        """(E, bfloat16 or float32 as `product` is; the loss), see ResidualRounding. The next step overwrites E."""
         if self._errors is None or self._errors.dtype != product.dtype:
             self._errors = torch.empty_like(product)
         narrow = product.dtype == torch.bfloat16
         taken, made = (each.view(torch.uint16) if narrow else each for each in (product, self._errors))
         total = (_step_bfloat16 if narrow else _step_float32)(
-            self._weight, taken.numpy(), self.scales.numpy(), self._group, self._top, numpy.float32(crest), made.numpy()
+            self._weight,
+            taken.numpy(),
+            self.scales.numpy(),
+            self._group,
+            self._top,
+            numpy.float32(crest),
+            numpy.float32(noise),
+            made.numpy(),
         )
         return self._errors, total**0.5

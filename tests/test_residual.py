@@ -16,10 +16,10 @@ SHAPES = ((2, 16), (3, 40), (2, 64), (9, 130))
 
 
 def stepped(
-    weight: torch.Tensor, products: list[torch.Tensor], main: Rtn, crest: float, *, fused: bool
+    weight: torch.Tensor, products: list[torch.Tensor], main: Rtn, crest: float, noise: float, *, fused: bool
 ) -> tuple[list[torch.Tensor], list[float]]:
     """The errors and losses of the steps of `products`, compiled or by the reference."""
-    rounding = ResidualRounding(weight, main, crest=crest)
+    rounding = ResidualRounding(weight, main, crest=crest, noise=noise)
     assert rounding._fused is not None
     if not fused:
         rounding._fused = None
@@ -35,10 +35,11 @@ def stepped(
     st.sampled_from(("int3", "int4", "int8")),
     st.sampled_from((5, 16, 64)),
     st.sampled_from((0.0, 0.4, 1.0)),
+    st.sampled_from((0.0, 0.01, 0.5)),
     st.sampled_from((torch.bfloat16, torch.float32)),
 )
 def test_the_compiled_pass_is_the_reference(
-    shape: tuple[int, int], seed: int, width: str, group: int, crest: float, dtype: torch.dtype
+    shape: tuple[int, int], seed: int, width: str, group: int, crest: float, noise: float, dtype: torch.dtype
 ) -> None:
     """To float rounding: an error may be another where a weight lies in the middle of two codes, the loss may not."""
     weight = trained(*shape, seed=seed)
@@ -46,8 +47,8 @@ def test_the_compiled_pass_is_the_reference(
         (seeded(*shape, seed=seed) + 0.02 * step * seeded(*shape, seed=seed + step)).to(dtype) for step in range(3)
     ]
     main = Rtn(weight=width, group=group)
-    errors, losses = stepped(weight, products, main, crest, fused=True)
-    expected_errors, expected_losses = stepped(weight, products, main, crest, fused=False)
+    errors, losses = stepped(weight, products, main, crest, noise, fused=True)
+    expected_errors, expected_losses = stepped(weight, products, main, crest, noise, fused=False)
     # The reference's scales are those of bfloat16, the compiled ones are not: errors differ by its rounding.
     slack = 0.01 * max(float((weight - product.float()).norm()) for product in products)
     assert losses == pytest.approx(expected_losses, rel=5e-2, abs=slack)

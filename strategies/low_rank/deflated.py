@@ -13,15 +13,10 @@ then is that of Q under the deflated Hessian, which is blind to all that `down` 
 Step 4 is for quantized branches, whose `up` lost in its rounding what step 2 relied on: with 4 bits it halves the
 error. A 16-bit branch keeps step 3's. H is damped by `damping` times the mean of its diagonal everywhere.
 
-Rounding the layer's input adds noise of variance s to each channel, which the main product alone meets:
-
-    s_i = E[max over the group of x̃²] / (12 κ²),    κ = 2^(bits-1) - 1
-
-for symmetric integers; for any other format s is the mean squared rounding error on the sample of tokens (measured on
-int4, both give the same fit), and 0 where the input is not rounded. λ diag(s), `noise` times that, is added to the
-metric of steps 1, 2 and 4. With `wiener` the noise also moves the target of both roundings to what is best for an input
-with that noise, the Wiener solution W⊥ = W̃ H⊥ (H⊥ + λ diag(s))⁻¹: the branch takes over what the main codes, whose
-input is coarse, would only amplify.
+Rounding the layer's input adds noise of variance s to each channel, which the main product alone meets
+(loraq/noisy_input.py). λ diag(s), `noise` times that, is added to the metric of steps 1, 2 and 4. With `wiener` the
+noise also moves the target of both roundings to what is best for an input with that noise: the branch takes over what
+the main codes, whose input is coarse, would only amplify.
 
 The main quantizer gives the grid by `round`; its own `encode` is not asked, so that "gptq" and "rtn" fit the same.
 
@@ -36,7 +31,6 @@ from typing import TYPE_CHECKING, ClassVar
 import attrs
 
 from loraq import error_feedback, factors, formats
-from loraq.activation import Activation
 from loraq.contracts import (
     AbstractCalibrated,
     AbstractConditional,
@@ -44,8 +38,8 @@ from loraq.contracts import (
     AbstractQuantizer,
     AbstractStatistic,
 )
-from loraq.input_statistics import Gram, TokenSample
 from loraq.layer import Coded, Fit, LayerContext
+from loraq.noisy_input import NoisyInput, noisy_input, statistics_for
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +50,7 @@ else:
     from loraq.lazy import torch
 
 _FLOOR = 1e-6
-"""What keeps the solution for the Wiener target unique where neither the input nor its noise is there."""
+"""Damping of the root in step 1, beside the Hessian's own."""
 _FEEDBACK_DAMPING = 1e-4
 """For the roundings, whose metric is damped already but singular along `down`."""
 
@@ -76,7 +70,7 @@ class Deflated(AbstractLowRank, AbstractCalibrated, AbstractConditional):
 
     @property
     def statistics(self) -> frozenset[type[AbstractStatistic]]:
-        return frozenset({Gram, TokenSample} if self.noise else {Gram})
+        return statistics_for(self.noise)
 
     def objection(self, recipe: LayerRecipe) -> str | None:
         if recipe.main is not None and isinstance(recipe.main.format, formats.FloatFormat):
@@ -92,35 +86,22 @@ class Deflated(AbstractLowRank, AbstractCalibrated, AbstractConditional):
         none = factors.without_branch(weight, main, branch, rank, context)
         if rank == 0 or not weight.any():
             return none
-        hessian, noise = self._hessian_and_noise(main.activation, context)
-        root = factors.root(hessian + torch.diag(noise), _FLOOR)
+        input = noisy_input(context.statistics, main.activation, noise=self.noise, damping=self.damping)
+        root = factors.root(input.metric, _FLOOR)
         down = branch.encode(factors.weighted_svd(weight, root, rank)[1], context)
-        refit = _Refit(down, hessian)
-        first = self._rounded(weight - refit.best(weight), refit.deflated, noise, main)
+        refit = _Refit(down, input.hessian)
+        deflated = attrs.evolve(input, hessian=refit.deflated)
+        first = self._rounded(weight - refit.best(weight), deflated, main)
         up = branch.encode(refit.up(weight - first.decode()).float(), context)
         residual = torch.addmm(weight, up.decode(), down.decode(), alpha=-1)
-        second = self._rounded(residual, hessian, noise, main)
+        second = self._rounded(residual, input, main)
         return factors.best(weight, [Fit(first, down, up), Fit(second, down, up), none], context)
 
-    def _hessian_and_noise(self, activation: Activation, context: LayerContext) -> tuple[Tensor, Tensor]:
-        """The damped H (inn, inn) and λ s (inn,), float64, both relative to the mean of H's diagonal."""
-        hessian = context.statistics[Gram].mean.double()
-        mean = float(hessian.diagonal().mean())
-        if not mean > 0:  # no token was seen, or only zeros: the weight's own error counts
-            return torch.eye(len(hessian), dtype=torch.float64, device=hessian.device), hessian.diagonal() * 0
-        hessian = hessian / mean
-        hessian.diagonal().add_(self.damping)
-        if not self.noise:
-            return hessian, torch.zeros_like(hessian.diagonal())
-        return hessian, rounding_noise(context.statistics[TokenSample].tokens, activation) * (self.noise / mean)
-
-    def _rounded(self, target: Tensor, hessian: Tensor, noise: Tensor, main: AbstractQuantizer) -> Coded:
-        """`target` (out, inn) on the grid that `main` would round it to, with error feedback."""
-        metric = hessian + torch.diag(noise)
-        if self.wiener and bool(noise.any()):
-            root = torch.linalg.cholesky(metric + _FLOOR * torch.eye(len(metric)).to(metric))
-            target = torch.cholesky_solve(hessian @ target.double().T, root).T.float().contiguous()
-        return error_feedback.rounded(target, main.round(target), metric, damping=_FEEDBACK_DAMPING, act_order=True)
+    def _rounded(self, weight: Tensor, input: NoisyInput, main: AbstractQuantizer) -> Coded:
+        """`weight` (out, inn) on the grid that `main` would round it to, with error feedback."""
+        target = input.target(weight) if self.wiener else weight
+        grid = main.round(target)
+        return error_feedback.rounded(target, grid, input.metric, damping=_FEEDBACK_DAMPING, act_order=True)
 
 
 class _Refit:
@@ -141,16 +122,3 @@ class _Refit:
     def best(self, weight: Tensor) -> Tensor:
         """`up @ down` for that, (out, inn) float32."""
         return (self.up(weight) @ self._down).float()
-
-
-def rounding_noise(tokens: Tensor, activation: Activation) -> Tensor:
-    """The variance s (inn,) float64 that rounding `tokens` (tokens, inn) adds to each channel; 0 where none is done."""
-    inn = tokens.shape[1]
-    if activation.format is None or not len(tokens):
-        return torch.zeros(inn, dtype=torch.float64, device=tokens.device)
-    group = activation.group_for(inn)
-    if isinstance(activation.format, formats.IntegerFormat):
-        squares = formats.largest(tokens, group).double().square().mean(dim=0)
-        return (squares / (12 * activation.format.limit**2)).repeat_interleave(min(group, inn))[:inn]
-    errors: Tensor = activation.format.encode(tokens, group).decode() - tokens
-    return errors.double().square().mean(dim=0)

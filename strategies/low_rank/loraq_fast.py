@@ -14,6 +14,10 @@ was found by measuring (docs/notes/fits.md), each against the same number of ste
   noise that cost 2 % at 6 and 4 bits.
 - Where the branch's own rounding is coarse, errors count the more the nearer a weight is to flipping its main code
   (`crest` in loraq/residual.py): 6 % at 4 bits. A fine branch can move all weights, and there it only costs.
+- With `noise` the loss also counts what the main product makes of rounding the layer's input, n ||R||² beside ||E||²,
+  n the variance that rounding adds to a normal input of variance 1 (loraq/noisy_input.py), 0.012 for int4 in groups of
+  64. A coarse branch else grows R by a tenth while it shrinks E, and with 4-bit inputs pays for it at the output: 4 %
+  at the bytes of rank8@16 (docs/notes/calibrated.md). Nothing is calibrated.
 - Products run in bfloat16 where that is fast, and the residual's rounding is one compiled pass (loraq/residual.py).
 - The start is a randomised SVD, in the basis that coded factors like better, as in `loraq`.
 
@@ -30,6 +34,7 @@ import attrs
 from loraq import factors, formats
 from loraq.contracts import AbstractLowRank, AbstractQuantizer
 from loraq.layer import Coded, Fit, LayerContext
+from loraq.noisy_input import rounding_noise
 from loraq.residual import ResidualRounding, product_dtype, root_mean_square
 
 if TYPE_CHECKING:
@@ -46,6 +51,8 @@ _CAUTION = 3.0
 """How fast the step falls with it."""
 _STEADY = 0.25
 """Share of the steps at full length."""
+_NORMAL_TOKENS = 512
+"""Tokens on which the noise of rounding a normal input is measured."""
 
 
 @attrs.frozen(kw_only=True)
@@ -58,6 +65,8 @@ class LoraqFast(AbstractLowRank):
     """Steps a layer; time grows with them; 60 are as good as 300 of `loraq`, 200 take another 5 % off the error."""
     step: float = attrs.field(default=0.85, validator=attrs.validators.gt(0))
     """How far a factor's first step moves the product, relative to the rounding error that the start leaves."""
+    noise: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
+    """How much the noise of rounding the layer's input counts; 1 is all of it; more suits error feedback (gptq)."""
 
     def fit(
         self, weight: Tensor, main: AbstractQuantizer, branch: AbstractQuantizer, rank: int, context: LayerContext
@@ -74,18 +83,16 @@ class LoraqFast(AbstractLowRank):
             (_Factor(up, branch, unit, rows=True), _Factor(down, branch, 1.0, rows=False)),
         ]
         moving = min(bases, key=lambda pair: _rounding_noise(*pair))
-        coded = self._trained(scaled, *moving, main, unit)
+        rounding = ResidualRounding(scaled, main, unit=unit, noise=self._input_noise(main, weight.shape[1]))
+        coded = self._trained(*moving, rounding)
         fit = factors.finished(weight, *coded, main, context)
         alone = factors.deviation(weight - main.encode(weight, context).decode(), context)
         if factors.error(weight, fit, context) <= alone:
             return fit
         return factors.without_branch(weight, main, branch, rank, context)
 
-    def _trained(
-        self, weight: Tensor, up: _Factor, down: _Factor, main: AbstractQuantizer, unit: float
-    ) -> tuple[Coded, Coded]:
-        """The codes of the best iterate, (up, down), from where the factors are; `weight` is in `unit`."""
-        rounding = ResidualRounding(weight, main, unit=unit)
+    def _trained(self, up: _Factor, down: _Factor, rounding: ResidualRounding) -> tuple[Coded, Coded]:
+        """The codes of the best iterate, (up, down), from where the factors are."""
         residual, error = rounding.start(up.rounded @ down.rounded)
         if residual == 0 or error == 0:
             return up.coded(), down.coded()
@@ -109,12 +116,20 @@ class LoraqFast(AbstractLowRank):
             down.move(down_direction, share * down_step)
         return up.coded(), down.coded()
 
+    def _input_noise(self, main: AbstractQuantizer, inn: int) -> float:
+        """What counts of the variance that the layer's rounding adds to an input of normal channels of variance 1."""
+        if not self.noise:
+            return 0.0
+        # The same numbers for every layer: the fit's own randomness stays what it is without noise.
+        tokens = torch.randn(_NORMAL_TOKENS, inn, generator=torch.Generator().manual_seed(0))
+        return self.noise * float(rounding_noise(tokens, main.activation).mean())
+
 
 class _Factor:
     """One factor on its way: `values`, and `rounded`, what the branch quantizer makes of `values * unit`, in `unit`.
 
-    Integer codes keep the scales of the start; other formats are rounded by the quantizer itself in every step. A line,
-    a row of `up` or a column of `down`, is what one output or input channel of the weight depends on.
+    Codes keep the scales of the start; 16-bit values have none. A line, a row of `up` or a column of `down`, is what an
+    output or input channel of the weight depends on.
     """
 
     def __init__(self, values: Tensor, branch: AbstractQuantizer, unit: float, *, rows: bool) -> None:
@@ -124,10 +139,11 @@ class _Factor:
         self._rows = rows
         self._dtype = product_dtype(values.device.type)
         self._coded = branch.round(self.values * unit)
-        self._format = branch.format if isinstance(branch.format, formats.IntegerFormat) else None
-        if self._format is not None:
+        self._limit = 0  # of the integer format whose rounding is compiled
+        on_cpu = self.values.device.type == "cpu"
+        if isinstance(branch.format, formats.IntegerFormat) and on_cpu and self._dtype == torch.bfloat16:
+            self._limit = branch.format.limit
             self._scales = self._coded.scales.float() / unit
-        self._compiled = self._format is not None and self._dtype == torch.bfloat16 and self.values.device.type == "cpu"
         self.rounded = (self._coded.decode() / unit).to(self._dtype)
         self._kept = self.values
         self._shares: Tensor | None = None
@@ -143,24 +159,18 @@ class _Factor:
         if self._shares is None:
             self._shares = lines / lines.mean().clamp(min=torch.finfo(torch.float32).tiny)
         lengths = (self._shares / lines).sqrt_().mul_(length).nan_to_num_(nan=0.0, posinf=0.0)
-        if self._compiled:
+        if self._limit:
             from loraq import residual_numba
 
-            assert self._format is not None, "compiled for integer formats alone"
-            limit, group = self._format.limit, self._coded.group
-            self.rounded = residual_numba.moved(self.values, direction, lengths, self._scales, group, limit)
-            return
-        self.values = torch.addcmul(self.values, direction.float(), lengths)
-        if self._format is None:
-            self._coded = self._branch.round(self.values * self._unit, self._coded)
-            self.rounded = (self._coded.decode() / self._unit).to(self._dtype)
+            group = self._coded.group
+            self.rounded = residual_numba.moved(self.values, direction, lengths, self._scales, group, self._limit)
         else:
-            codes = self._codes(self.values, self._format)
-            self.rounded = formats.scaled(codes, self._scales, self._coded.group).to(self._dtype)
+            self.values = torch.addcmul(self.values, direction.float(), lengths)
+            self.rounded = (self._code(self.values).decode() / self._unit).to(self._dtype)
 
     def _squares(self, direction: Tensor) -> Tensor:
         """Each line's sum of squares, (out, 1) or (1, inn) float32."""
-        if self._compiled:
+        if self._limit:
             from loraq import residual_numba
 
             return residual_numba.squares(direction, rows=self._rows)
@@ -172,16 +182,13 @@ class _Factor:
 
     def coded(self) -> Coded:
         """The codes of the remembered values."""
-        if self._format is None:
-            return self._branch.round(self._kept * self._unit)
-        codes = self._codes(self._kept, self._format).to(torch.int8)
-        return attrs.evolve(self._coded, parts={**self._coded.parts, "codes": codes})
+        return self._code(self._kept)
 
-    def _codes(self, values: Tensor, format: formats.IntegerFormat) -> Tensor:
-        """The codes of `values` at the start's scales, float32."""
-        group = self._coded.group
-        codes = formats.divided(values, self._scales, group).round_().clamp_(-format.limit - 1, format.limit)
-        return formats.ungrouped(codes, values.shape[1]).contiguous()
+    def _code(self, values: Tensor) -> Coded:
+        values = values * self._unit
+        if isinstance(self._coded.format, formats.FloatFormat):
+            return self._branch.round(values)
+        return formats.recoded(values, self._coded)
 
     def noise(self) -> Tensor:
         """What rounding changed, float32."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from loraq.strategies.branch_quantizer.none import SixteenBit
 from loraq.strategies.branch_quantizer.rtn import Rtn as BranchRtn
-from loraq.strategies.low_rank.deflated import Deflated, rounding_noise
+from loraq.strategies.low_rank.deflated import Deflated
 from loraq.strategies.low_rank.qera import Qera
 from loraq.strategies.low_rank.svd import Svd
 from loraq.strategies.main_quantizer.rtn import Rtn
 
 from loraq import factors
-from loraq.activation import NONE, Activation
 from loraq.errors import InputError
 from loraq.input_statistics import Gram, InputStatistics, TokenSample
 from loraq.layer import LayerContext
+from loraq.noisy_input import rounding_noise
 from loraq.pipeline import bind, make_stage
 from matrices import calibrated_context, context, correlated, trained
 
@@ -83,30 +81,7 @@ def test_the_wiener_target_is_best_for_a_noisy_input() -> None:
     assert errors[True] < 0.95 * errors[False]
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.sampled_from(["int4", "int6", "int8"]), st.sampled_from([1, 7, 64, "token"]), st.integers(1, 130))
-def test_noise_is_the_groups_largest_square(format: str, group: int | str, inn: int) -> None:
-    tokens, activation = correlated(20, inn), Activation(format, group)
-    width = activation.group_for(inn)
-    found = rounding_noise(tokens, activation)
-    top = 2 ** (activation.format.bits - 1) - 1
-    for channel in range(inn):
-        first = channel // width * width
-        largest = tokens[:, first : first + width].abs().amax(dim=1).double()
-        assert float(found[channel]) == pytest.approx(float(largest.square().mean()) / (12 * top**2), rel=1e-6)
-
-
-@pytest.mark.parametrize("format", ["int6", "int8", "mxint8", "fp8_e4m3", "int8_asymmetric"])
-def test_noise_is_what_rounding_does(format: str) -> None:
-    tokens = correlated(3000, 128)
-    errors = Activation(format).format.encode(tokens, 64).decode() - tokens
-    found, seen = rounding_noise(tokens, Activation(format)), errors.double().square().mean(dim=0)
-    # Uniform noise is an idealization: channels much smaller than a step are rounded to zero with less.
-    assert 0.4 <= float(found.sum() / seen.sum()) <= 2.5
-
-
 def test_no_rounding_is_no_noise_and_needs_no_sample() -> None:
-    assert not rounding_noise(correlated(5, 12), NONE).any()
     assert Deflated(noise=0).statistics == {Gram}
     weight, known = trained(16, 64), calibrated_context(64)
     silent = Rtn(activation="none")

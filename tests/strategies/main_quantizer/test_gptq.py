@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 from loraq.strategies.main_quantizer.gptq import Gptq
@@ -11,9 +12,9 @@ from loraq import error_feedback, formats, registry
 from loraq.contracts import AbstractQuantizer
 from loraq.errors import LoraqError, ModelError
 from loraq.factors import deviation
-from loraq.input_statistics import Gram
+from loraq.input_statistics import Gram, InputStatistics, TokenSample
 from loraq.pipeline import bind, make_stage, quantize_layer
-from matrices import calibrated_context, context, trained
+from matrices import calibrated_context, context, correlated, trained
 
 WEIGHT = trained(48, 130, seed=1)
 KNOWN = calibrated_context(130)
@@ -28,12 +29,12 @@ def test_defaults() -> None:
     quantizer = Gptq()
     assert (quantizer.format, str(quantizer.activation), quantizer.group) == (formats.INT4, "int4", 64)
     assert (quantizer.scale, quantizer.damping, quantizer.act_order, quantizer.block) == ("search", 0.01, True, 128)
-    assert quantizer.statistics == {Gram}
+    assert (quantizer.noise, quantizer.statistics) == (0, {Gram})
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"damping": -0.1}, {"block": 0}, {"group": 0}, {"scale": "best"}, {"weight": "bfloat16"}],
+    [{"damping": -0.1}, {"noise": -1}, {"block": 0}, {"group": 0}, {"scale": "best"}, {"weight": "bfloat16"}],
     ids=str,
 )
 def test_wrong_options_are_refused(options: dict[str, object]) -> None:
@@ -100,3 +101,24 @@ def test_a_fit_with_it_ends_nearer_to_the_output() -> None:
     assert errors[0] is not None
     assert errors[1] is not None
     assert errors[0] < errors[1]
+
+
+def test_with_noise_a_rounded_input_s_output_is_nearer() -> None:
+    """Of the tokens rounded as at run time, though not of the tokens as they are."""
+    tokens = correlated(2000, 130, seed=0)
+    errors: dict[float, tuple[float, float]] = {}
+    for noise in (0, 1):
+        quantizer = Gptq(noise=noise, damping=0.01, activation="int4")
+        main = quantizer.encode(WEIGHT, KNOWN).decode()
+        rounded = quantizer.activation.format.encode(tokens, 64).decode()
+        errors[noise] = (float((rounded @ main.T - tokens @ WEIGHT.T).norm()), deviation(WEIGHT - main, KNOWN))
+    assert errors[1][0] < 0.97 * errors[0][0]
+    assert errors[1][1] > errors[0][1]
+
+
+def test_noise_asks_for_tokens_and_is_none_where_the_input_is_not_rounded() -> None:
+    assert Gptq(noise=0.5).statistics == {Gram, TokenSample}
+    with pytest.raises(LoraqError, match=r"TokenSample was not collected"):
+        Gptq(noise=1).encode(WEIGHT, attrs.evolve(KNOWN, statistics=InputStatistics({Gram: KNOWN.statistics[Gram]})))
+    silent = [Gptq(noise=noise, activation="none").encode(WEIGHT, KNOWN).decode() for noise in (0, 1)]
+    assert torch.equal(*silent)
