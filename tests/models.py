@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 WORDS = ("<pad>", "</s>", "<unk>", "a", "small", "large", "red", "blue", "ring", "square", "on", "white", "black")
 
@@ -43,14 +52,16 @@ def transformer(layers: int = 2, seed: int = 0, **changes: Any) -> PixArtTransfo
     return model.eval()
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that knows WORDS."""
+    vocabulary = Tokenizer(WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
 def pipeline(layers: int = 2, seed: int = 0) -> PixArtSigmaPipeline:
     """A whole PixArtSigmaPipeline that draws 16 x 16 noise."""
     torch.manual_seed(seed)
-    vocabulary = Tokenizer(WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
-    vocabulary.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=vocabulary, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
     text = T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -62,12 +73,57 @@ def pipeline(layers: int = 2, seed: int = 0) -> PixArtSigmaPipeline:
         sample_size=16,
     )
     return PixArtSigmaPipeline(
-        tokenizer=tokenizer,
+        tokenizer=tokenizer(),
         text_encoder=T5EncoderModel(text).eval(),
         vae=vae.eval(),
         transformer=transformer(layers, seed),
         scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
     )
+
+
+def sana_pipeline(seed: int = 0) -> SanaPipeline:
+    """A whole SanaPipeline of one block, whose feed-forward has the 1x1 convolutions, that draws noise."""
+    torch.manual_seed(seed)
+    text = Gemma2Config(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+    )
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "num_cross_attention_heads": 2}
+    sizes |= {"cross_attention_head_dim": 32, "cross_attention_dim": 64, "num_layers": 1, "caption_channels": 32}
+    return SanaPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=Gemma2Model(text).eval(),
+        vae=vae.eval(),
+        transformer=SanaTransformer2DModel(**sizes, in_channels=4, out_channels=4, sample_size=8).eval(),
+        scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    )
+
+
+def flux_transformer(seed: int = 0) -> FluxTransformer2DModel:
+    """A FLUX transformer of one block of each kind."""
+    torch.manual_seed(seed)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2}
+    sizes |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (8, 12, 12)}
+    return FluxTransformer2DModel(**sizes, in_channels=16).eval()
 
 
 CALL = {
