@@ -156,9 +156,23 @@ def plan(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     from loraq.report import plan_table, size, skipped_line
     from loraq.source import open_source
 
-    made = make_plan(open_source(loaded.model), loaded.pipeline(), loaded.calibration)
+    source = open_source(loaded.model)
+    allocation = None
+    if loaded.allocate is not None:
+        from loraq.allocation import resolved
+        from loraq.probing import foretold
+
+        outlook, allocation = foretold(loaded, source)
+        if allocation is None:
+            if as_json:
+                _print_json({"source": str(source.root), "allocation": outlook.to_plain()})
+            else:
+                outlook.print(_console())
+            return
+        loaded = resolved(loaded, allocation)
+    made = make_plan(source, loaded.pipeline(), loaded.calibration)
     if as_json:
-        _print_json(made.to_plain())
+        _print_json(made.to_plain() | ({} if allocation is None else {"allocation": allocation.to_plain()}))
         return
     from rich.markup import escape
 
@@ -175,6 +189,8 @@ def plan(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
         f"({made.written_bytes:,} bytes in safetensors files), {bits:.2f} bits a quantized weight",
         highlight=False,
     )
+    if allocation is not None:
+        console.print(allocation.told(), highlight=False)
     if made.calibration is not None:
         console.print(made.calibration.told(), highlight=False)
 

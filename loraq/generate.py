@@ -35,7 +35,7 @@ def generate_pictures(
 
 def call_of(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
     """The arguments of the pipeline's call: the recorded samples' of `folder`, and over them `settings`, name=value."""
-    from loraq.recipe import toml_value
+    from loraq.settings import toml_value
 
     call = dict(recorded_samples(folder).get("call", {}))
     for setting in settings:

@@ -3,6 +3,7 @@
     [model] what to quantize     [run] where to, seed, device     [[stage]] the pipeline, in order
     [[layers]] options for some layers     [samples] pictures to draw at the end
     [calibration] prompts to run, for the strategies that read their layers' inputs
+    [allocate] choices for every layer, under one budget for all
 
 `load` reads a file, applies `--set` overrides, and either returns a Recipe or raises one RecipeError with all faults:
 file, TOML path, what was found, what would do. Indices count from 0, as in `stage[0]`.
@@ -11,6 +12,8 @@ file, TOML path, what was found, what would do. Indices count from 0, as in `sta
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -20,13 +23,15 @@ from typing import Any, cast
 import attrs
 
 from loraq import registry
+from loraq.allocation import Allocate
 from loraq.calibration import NEEDED, Calibration, reader
 from loraq.contracts import AbstractStage
 from loraq.errors import InputError, LoraqError, RecipeError, did_you_mean
 from loraq.pipeline import Pipeline, bind
+from loraq.settings import laid_over, with_settings
 from loraq.structure import keys_of, plain, structure, unknown_key
 
-_SECTIONS = ("model", "run", "samples", "calibration")
+_SECTIONS = ("model", "run", "samples", "calibration", "allocate")
 
 
 def _path(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
@@ -119,9 +124,12 @@ class Recipe:
     layers: tuple[Override, ...] = ()
     samples: Samples | None = None
     calibration: Calibration | None = None
+    allocate: Allocate | None = None
 
     def pipeline(self) -> Pipeline:
-        """The pipeline that this recipe describes."""
+        """The pipeline that this recipe describes. Raises InputError where [allocate] is to choose first."""
+        if self.allocate is not None:
+            raise InputError("allocate: its choices are made by a run; use run_recipe, or leave the section out.")
         return Pipeline(
             self.stage,
             overrides=self.layers,
@@ -135,13 +143,22 @@ class Recipe:
 
     def to_plain(self) -> dict[str, Any]:
         """The resolved recipe, every option spelt out, as loraq.json keeps it."""
-        optional = {"samples": self.samples, "calibration": self.calibration}
+        optional = {"samples": self.samples, "calibration": self.calibration, "allocate": self.allocate}
         return {
             "model": plain(self.model),
             "run": plain(self.run),
             "stage": [plain_stage(stage) for stage in self.stage],
             "layers": [_plain_override(override) for override in self.layers],
         } | {name: plain(section) for name, section in optional.items() if section is not None}
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that shapes the result's bytes; calibration's settings have their own."""
+        table = self.to_plain()
+        judged = {key: table["model"][key] for key in ("component", "skip", "keep")}
+        judged |= {"seed": self.run.seed, "threads": self.run.threads}
+        judged |= {key: table[key] for key in ("stage", "layers", "allocate") if key in table}
+        return hashlib.sha256(json.dumps(judged, sort_keys=True).encode()).hexdigest()
 
 
 def plain_stage(stage: AbstractStage) -> dict[str, Any]:
@@ -171,21 +188,10 @@ def overridden(stages: Sequence[AbstractStage], overrides: Sequence[Override]) -
         if changes:
             table = plain_stage(stage)
             for change in changes:
-                table = _laid_over(table, change, type(stage))
+                table = laid_over(table, change, type(stage))
             stage = structure_stage(table, f"stage '{stage.name}' with its [[layers]] options")
         merged.append(stage)
     return tuple(merged)
-
-
-def _laid_over(table: Mapping[str, Any], change: Mapping[str, Any], stage: type) -> dict[str, Any]:
-    """`table` with `change` over it: another strategy drops the old one's options, an alternative its alternatives."""
-    kept = dict(table)
-    if "strategy" in change and change["strategy"] != table.get("strategy"):
-        kept = {key: table[key] for key in ("kind", "name") if key in table}
-    for alternatives in getattr(stage, "alternatives", ()):
-        if alternatives & change.keys():
-            kept = {key: value for key, value in kept.items() if key not in alternatives}
-    return kept | dict(change)
 
 
 def structure_stage(table: Mapping[str, Any], path: str) -> AbstractStage:
@@ -280,17 +286,25 @@ def load(file: str | Path, settings: Sequence[str] = ()) -> Recipe:
 def from_table(table: Mapping[str, Any], *, file: Path, settings: Sequence[str] = ()) -> Recipe:
     """The recipe that a TOML table describes. Raises RecipeError with all faults, each with `file` and TOML path."""
     faults: list[str] = []
-    table = _with_settings(table, settings, faults)
+    table = with_settings(table, settings, _SECTIONS, faults)
     known = keys_of(Recipe)
     faults.extend(f"{key}: {unknown_key(key, known, 'a recipe')}" for key in table if key not in known)
     model = _section(table, "model", ModelSource, faults)
     run = _section(table, "run", RunOptions, faults)
     samples = _section(table, "samples", Samples, faults) if "samples" in table else None
     calibration = _section(table, "calibration", Calibration, faults) if "calibration" in table else None
+    allocate = _section(table, "allocate", Allocate, faults) if "allocate" in table else None
     stages = _stages(table.get("stage"), faults)
     layers = _layers(table.get("layers", []), stages, faults)
+    variants = [(each,) for each in layers]
+    if allocate is not None:
+        wrong = allocate.faults(stages)
+        faults.extend(wrong)
+        if not wrong:
+            variants += [allocate.overrides(index, probing=True) for index in range(len(allocate.choice))]
+        allocate = allocate.beside(file)
     if "calibration" not in table and None not in stages:
-        faults.extend(_uncalibrated([stage for stage in stages if stage is not None], layers))
+        faults.extend(_uncalibrated([stage for stage in stages if stage is not None], variants))
     if faults:
         raise RecipeError([f"{file}: {fault}" for fault in faults])
     run = attrs.evolve(run, output=os.path.expanduser(run.output))
@@ -299,15 +313,16 @@ def from_table(table: Mapping[str, Any], *, file: Path, settings: Sequence[str] 
     if calibration is not None:
         calibration = calibration.beside(file)
     stage = tuple(each for each in stages if each is not None)
-    return Recipe(model=model, run=run, stage=stage, layers=layers, samples=samples, calibration=calibration)
+    optional = {"samples": samples, "calibration": calibration, "allocate": allocate}
+    return Recipe(model=model, run=run, stage=stage, layers=layers, **optional)
 
 
-def _uncalibrated(stages: Sequence[AbstractStage], layers: Sequence[Override]) -> list[str]:
+def _uncalibrated(stages: Sequence[AbstractStage], variants: Sequence[Sequence[Override]]) -> list[str]:
     """What is wrong with a recipe without [calibration] whose strategies, the overrides' too, read statistics."""
     sets = [stages]
-    for override in layers:
+    for overrides in variants:
         try:
-            sets.append(overridden(stages, [override]))
+            sets.append(overridden(stages, overrides))
         except InputError:
             continue  # told as the override's own fault
     for each in sets:
@@ -383,103 +398,29 @@ def _layers(tables: object, stages: Sequence[AbstractStage | None], faults: list
             continue
         override = attrs.evolve(override, options=options)
         overrides.append(override)
-        faults.extend(_faults_of_override(override, stages, path))
+        faults.extend(faults_of_override([override], stages, path))
     return tuple(overrides)
 
 
-def _faults_of_override(override: Override, stages: Sequence[AbstractStage | None], path: str) -> list[str]:
-    """What is wrong with the stages once `override` is laid over them."""
+def faults_of_override(overrides: Sequence[Override], stages: Sequence[AbstractStage | None], path: str) -> list[str]:
+    """What is wrong with the stages once `overrides`, all of one table at `path`, are laid over them."""
     faults: list[str] = []
     for stage in stages:
-        if stage is None or stage.name not in override.options:
+        changes = [each.options[stage.name] for each in overrides if stage is not None and stage.name in each.options]
+        if stage is None or not changes:
             continue
-        fixed = [key for key in ("kind", "name") if key in override.options[stage.name]]
+        fixed = [key for key in ("kind", "name") if any(key in change for change in changes)]
         if fixed:
-            faults.append(f"{path}.{stage.name}.{fixed[0]}: a [[layers]] table cannot change a stage's {fixed[0]}")
+            what = "[[layers]] table" if path.startswith("layers") else "choice"
+            faults.append(f"{path}.{stage.name}.{fixed[0]}: a {what} cannot change a stage's {fixed[0]}")
             continue
-        table = _laid_over(plain_stage(stage), override.options[stage.name], type(stage))
+        table = plain_stage(stage)
+        for change in changes:
+            table = laid_over(table, change, type(stage))
         _stage(table, f"{path}.{stage.name}", faults)
     if not faults and None not in stages:
         try:
-            bind(overridden([stage for stage in stages if stage is not None], [override]))
+            bind(overridden([stage for stage in stages if stage is not None], overrides))
         except InputError as error:
             faults.append(f"{path}: {error}")
     return faults
-
-
-def _with_settings(table: Mapping[str, Any], settings: Sequence[str], faults: list[str]) -> dict[str, Any]:
-    """A copy of `table` with each `path=value` of `settings` laid over: sections by key, stages by name or kind."""
-    result = dict(table)
-    if isinstance(table.get("stage"), list):
-        result["stage"] = [dict(each) if isinstance(each, Mapping) else each for each in table["stage"]]
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        keys = path.strip().split(".")
-        if not equals or len(keys) < 2 or not all(keys):
-            faults.append(f"--set {setting}: expected path=value, such as low_rank.rank=64")
-            continue
-        targets, rest = _setting_targets(result, keys[0]), keys[1:]
-        if not targets:
-            known = [*_SECTIONS, *_stage_names(result)]
-            faults.append(
-                f"--set {setting}: no section or stage '{keys[0]}'; there are {', '.join(known)}"
-                f"{did_you_mean(keys[0], known)}"
-            )
-            continue
-        if len(targets) > 1:
-            named = ", ".join(str(each.get("name", keys[0])) for each in targets)
-            faults.append(f"--set {setting}: {len(targets)} stages are of that kind; use a stage's name: {named}")
-            continue
-        section = targets[0]
-        for key in rest[:-1]:
-            inner = section.get(key)
-            section[key] = dict(inner) if isinstance(inner, Mapping) else {}
-            section = section[key]
-        _set_value(section, rest[-1], toml_value(text.strip()))
-    return result
-
-
-def _stage_names(table: Mapping[str, Any]) -> list[str]:
-    return [str(stage.get("name", stage.get("kind"))) for stage in _stage_tables(table)]
-
-
-def _stage_tables(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    stages = table.get("stage")
-    return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
-
-
-def _setting_targets(table: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """The tables that a setting's first key may mean: a section, the stage of that name, else those of the kind."""
-    if key in _SECTIONS:
-        if not isinstance(table.get(key, {}), Mapping):
-            return [{}]  # told as the section's own fault
-        table[key] = dict(table.get(key, {}))
-        return [table[key]]
-    stages = _stage_tables(table)
-    named = [stage for stage in stages if stage.get("name", stage.get("kind")) == key]
-    return named or [stage for stage in stages if stage.get("kind") == key]
-
-
-def _set_value(section: dict[str, Any], key: str, value: Any) -> None:
-    """Set `key`; for a stage, another strategy drops the old options and an alternative its alternatives."""
-    changed: dict[str, Any] = {key: value}
-    if isinstance(section.get("kind"), str):
-        try:
-            stage_class = registry.load("loraq.stage", section["kind"])
-        except LoraqError:
-            stage_class = AbstractStage  # the fault is told where the stage is structured
-        changed = _laid_over(section, changed, cast("type", stage_class))
-        section.clear()
-    section.update(changed)
-
-
-def toml_value(text: str) -> Any:
-    """A TOML value, or the bare text where it is none: `--set low_rank.strategy=svd` needs no quotes.
-
-    No option is a date or a time: `--set run.output=2026-01-01` is a folder's name.
-    """
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text
-    return value if isinstance(value, str | int | float | bool | list | dict) else text

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from loraq import registry
 from loraq.errors import InputError, RecipeError
 from loraq.pipeline import Pipeline, make_stage
-from loraq.recipe import Override, Recipe, from_table, load, overridden, plain_stage, toml_value
+from loraq.recipe import Override, Recipe, from_table, load, overridden, plain_stage
+from loraq.settings import toml_value
 
 FILE = Path("some/recipe.toml")
 BASE = """
@@ -118,7 +119,7 @@ def test_a_number_may_be_written_as_an_integer_where_a_float_is_meant() -> None:
         (
             "low_rank.rnak",
             4,
-            "stage[2].rnak: unknown key 'rnak' (low_rank svd knows rank, budget); did you",
+            "stage[2].rnak: unknown key 'rnak' (low_rank svd knows rank, budget, share_down); did you",
         ),
         ("run.outptu", "o", "run.outptu: unknown key 'outptu' (run knows output, seed,"),
         ("model.components", [], "model.components: unknown key 'components' (model knows folder, hub, revision,"),
@@ -181,7 +182,10 @@ def test_a_near_miss_is_guessed(path: str, value: object, near: str) -> None:
         ("[[stage]]\nkind = 'low_rank'", "stage[0].strategy: is missing; on offer: alternating, "),
         ("layers = 3", "layers: expected [[layers]] tables, got 3"),
         ("layers = [3]", "layers[0]: expected a table, got 3"),
-        ("[laiers]", "laiers: unknown key 'laiers' (a recipe knows model, run, stage, layers, samples, calibration)"),
+        (
+            "[laiers]",
+            "laiers: unknown key 'laiers' (a recipe knows model, run, stage, layers, samples, calibration, allocate)",
+        ),
         ("[samples]", "samples.prompts: is missing"),
         ("[samples]\nprompts = 'a'\ncall = 3", "samples.call: expected a table, got 3"),
         ("[samples]\nprompts = 'a'\ncall = { at = 2026-01-01 }", "samples.call: 'at' must be text, a number, true or"),
