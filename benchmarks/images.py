@@ -45,17 +45,53 @@ from shapes import Scene, caption, matches, measure, split_scenes  # noqa: E402
 
 MODEL = ROOT / "recipes" / "tiny-pixart-sigma"
 BASELINE = "svd W16"
-METHODS: dict[str, tuple[str, dict[str, str] | None]] = {
-    "rtn": ("none", None),
-    BASELINE: ("svd", None),
-    "alternating W16": ("alternating", None),
-    "svd W4A8": ("svd", {"weight": "int4", "activation": "int8"}),
-    "loraq W8A8": ("loraq", {"weight": "int8", "activation": "int8"}),
-    "loraq W6A6": ("loraq", {"weight": "int6", "activation": "int6"}),
-    "loraq W4A8": ("loraq", {"weight": "int4", "activation": "int8"}),
+
+
+@attrs.frozen
+class Method:
+    """A row's low-rank strategy and its options, its branch's quantizer (None: 16 bits), and its main quantizer."""
+
+    low_rank: str
+    branch: dict[str, str] | None = None
+    options: dict[str, Any] = attrs.field(factory=dict)
+    main: str = "rtn"
+    calibrated: bool = False
+
+
+W8A8 = {"weight": "int8", "activation": "int8"}
+W6A6 = {"weight": "int6", "activation": "int6"}
+W4A8 = {"weight": "int4", "activation": "int8"}
+FAST = {"steps": 200}
+QUIET = {"steps": 200, "noise": 1.0}
+METHODS: dict[str, Method] = {
+    "rtn": Method("none"),
+    BASELINE: Method("svd"),
+    "alternating W16": Method("alternating"),
+    "svd W4A8": Method("svd", W4A8),
+    "deflated W16": Method("deflated", calibrated=True),
+    "deflated W4A8": Method("deflated", W4A8, calibrated=True),
+    "loraq W8A8": Method("loraq_fast", W8A8, FAST),
+    "loraq W6A6": Method("loraq_fast", W6A6, FAST),
+    "loraq W4A8": Method("loraq_fast", W4A8, FAST),
+    "loraq W8A8 noise": Method("loraq_fast", W8A8, QUIET),
+    "loraq W4A8 noise": Method("loraq_fast", W4A8, QUIET),
+    "loraq W4A8 gptq": Method("loraq_fast", W4A8, FAST, main="gptq", calibrated=True),
 }
-"""A method's low-rank strategy, and its branch's quantizer; None for a branch of 16 bits."""
-USUAL = ("rtn", BASELINE, "loraq W8A8", "loraq W6A6", "loraq W4A8")
+"""By name. "noise" counts the rounding of the input in the fit; "gptq" rounds the main codes at last."""
+USUAL = (
+    "rtn",
+    BASELINE,
+    "alternating W16",
+    "deflated W16",
+    "loraq W8A8",
+    "loraq W6A6",
+    "loraq W4A8",
+    "loraq W8A8 noise",
+    "loraq W4A8 noise",
+    "loraq W4A8 gptq",
+)
+CALIBRATING = 8
+"""Pictures that calibrated methods see, of captions and seeds that are not drawn for the table."""
 ACTIVATIONS = ("int4", "int8")
 BUDGETS = ("rank32@16", "rank8@16")
 LARGEST = 960
@@ -74,19 +110,19 @@ class Cell:
     @property
     def name(self) -> str:
         """A name for its file."""
-        budget = "" if METHODS[self.method][0] == "none" else f"-{self.budget}"
+        budget = "" if METHODS[self.method].low_rank == "none" else f"-{self.budget}"
         return f"{self.transform}-A{self.activation}{budget}-{self.method.replace(' ', '-')}"
 
     def pipeline(self, workers: int) -> loraq.Pipeline:
         """What quantizes the model."""
-        low_rank, branch = METHODS[self.method]
-        budget = {} if low_rank == "none" else {"budget": self.budget}
+        method = METHODS[self.method]
+        budget = {} if method.low_rank == "none" else {"budget": self.budget}
         return loraq.Pipeline(
             [
                 loraq.stage("pre_transform", self.transform),
-                loraq.stage("main_quantizer", "rtn", weight="int4", activation=self.activation),
-                loraq.stage("low_rank", low_rank, **budget),
-                loraq.stage("branch_quantizer", "none" if branch is None else "rtn", **(branch or {})),
+                loraq.stage("main_quantizer", method.main, weight="int4", activation=self.activation),
+                loraq.stage("low_rank", method.low_rank, **budget, **method.options),
+                loraq.stage("branch_quantizer", "none" if method.branch is None else "rtn", **(method.branch or {})),
             ],
             workers=workers,
         )
@@ -112,6 +148,7 @@ class Bench:
     """The settings that all cells share, and where finished cells are kept."""
 
     scenes: tuple[Scene, ...]
+    calibrating: tuple[str, ...]
     drawing: Drawing
     keep: Path
     workers: int
@@ -159,7 +196,13 @@ class Bench:
         pipeline.transformer = original
         if cell is not None:
             pipeline.transformer = copy.deepcopy(original)
-            report = cell.pipeline(self.workers).quantize(pipeline.transformer)
+
+            def calibrate() -> None:
+                seeds = range(2**31, 2**31 + len(self.calibrating))
+                draw_together(pipeline, self.calibrating, seeds, self.drawing.call)
+
+            chosen = calibrate if METHODS[cell.method].calibrated else None
+            report = cell.pipeline(self.workers).quantize(pipeline.transformer, calibrate=chosen)
             stored_bytes, bits = report.stored_bytes, report.effective_bits
         quantized = time.perf_counter()
         pictures: list[Image.Image] = []
@@ -317,7 +360,9 @@ def main() -> None:
         "max_sequence_length": 16,
     }
     drawing = Drawing(prompts=tuple(caption(scene) for scene in scenes), seed=options.seed, call=call, batch=BATCH)
-    bench = Bench(scenes, drawing, options.keep, options.workers, code_digest())
+    others = [scene for scene in split_scenes()[0] if scene not in scenes]
+    calibrating = tuple(caption(scene) for scene in others[:: max(1, len(others) // CALIBRATING)][:CALIBRATING])
+    bench = Bench(scenes, calibrating, drawing, options.keep, options.workers, code_digest())
     wanted = [
         Cell(transform, activation, budget, method)
         for transform in options.transform or ("hadamard",)

@@ -7,6 +7,8 @@
 SVDQuant here is the svd strategy with a 16-bit branch of the budget's rank; every other fit gets the largest rank whose
 stored bytes (codes, scales and row padding) stay within that branch's. Both round the main codes in the same way, with
 the same searched scales, after the same pre-transform. The figure is the geometric mean of the ratios over all layers.
+Times are a thread's own processor seconds, so that other work on the machine counts little; `six SVDs` is what six
+reduced SVDs of the same weight (tall, `torch.linalg.svd`) take in the same thread, measured beside the fits.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ class Figure:
     error: float
     baseline: float
     seconds: float
+    six_svds: float
 
     @property
     def ratio(self) -> float:
@@ -71,15 +74,21 @@ SIXTEEN_BIT = strategy("branch_quantizer", "none")
 
 
 def methods(**options: float) -> tuple[Method, ...]:
-    """What is compared with SVDQuant; `options` are loraq's."""
+    """What is compared with SVDQuant; `options` are loraq's. "fast" is loraq_fast, with 60 and with 200 steps."""
     none, svd = strategy("low_rank", "none"), strategy("low_rank", "svd")
-    loraq = strategy("low_rank", "loraq", **options)
+    loraq, fast = strategy("low_rank", "loraq", **options), strategy("low_rank", "loraq_fast")
+    best, alternating = strategy("low_rank", "loraq_fast", steps=200), strategy("low_rank", "alternating")
     widths = {bits: strategy("branch_quantizer", "rtn", weight=f"int{bits}") for bits in (8, 6, 4)}
     return (
         Method("none", none, SIXTEEN_BIT),
         *(Method(f"svd W{bits}", svd, branch) for bits, branch in widths.items()),
         Method("loraq W16", loraq, SIXTEEN_BIT),
         *(Method(f"loraq W{bits}", loraq, branch) for bits, branch in widths.items()),
+        *(
+            Method(f"{name} W{bits}", low_rank, branch)
+            for name, low_rank in (("alternating", alternating), ("fast", fast), ("fast 200", best))
+            for bits, branch in {16: SIXTEEN_BIT, **widths}.items()
+        ),
     )
 
 
@@ -122,16 +131,28 @@ def fits(
     out, inn = weight.shape
     main, packing, svd = strategy("main_quantizer", "rtn"), strategy("packing", "rows"), strategy("low_rank", "svd")
     figures = []
+    tall = weight if out >= inn else weight.T.contiguous()
+    six_svds = 6 * min(processor_seconds(lambda: torch.linalg.svd(tall, full_matrices=False))[1] for _ in range(2))
     for name in budgets:
         bound = budget.budget_bytes(name, out, inn)
         rank = budget.rank_within(bound, SIXTEEN_BIT, packing, out, inn)
         baseline = factors.error(weight, svd.fit(weight, main, SIXTEEN_BIT, rank, context_of(layer)))
         for method in chosen:
             rank = budget.rank_within(bound, method.branch, packing, out, inn) if method.low_rank.has_branch else 0
-            began = time.perf_counter()
-            error = factors.error(weight, method.low_rank.fit(weight, main, method.branch, rank, context_of(layer)))
-            figures.append(Figure(layer, name, method.name, rank, error, baseline, time.perf_counter() - began))
+            fit, seconds = processor_seconds(
+                lambda method=method, rank=rank: method.low_rank.fit(  # type: ignore[misc]
+                    weight, main, method.branch, rank, context_of(layer)
+                )
+            )
+            error = factors.error(weight, fit)
+            figures.append(Figure(layer, name, method.name, rank, error, baseline, seconds, six_svds))
     return figures
+
+
+def processor_seconds(function: Callable[[], Any]) -> tuple[Any, float]:
+    """(what `function` returns, the processor seconds that this thread took for it)."""
+    began = time.thread_time()
+    return function(), time.thread_time() - began
 
 
 def mean(figures: Sequence[Figure]) -> float:
@@ -141,14 +162,16 @@ def mean(figures: Sequence[Figure]) -> float:
 
 def table(figures: Sequence[Figure]) -> str:
     """The figures as text, a line a budget and method."""
-    lines = [f"{'budget':10} {'method':10} {'error':>7} {'best':>7} {'worst':>7} {'ranks':>9} {'seconds':>8}"]
+    spread = f"{'error':>7} {'best':>7} {'worst':>7}"
+    lines = [f"{'budget':10} {'method':15} {spread} {'ranks':>9} {'seconds':>8} {'/ six SVDs':>10}"]
     for budget_name, method in dict.fromkeys((figure.budget, figure.method) for figure in figures):
         rows = [figure for figure in figures if (figure.budget, figure.method) == (budget_name, method)]
         ratios, ranks = [row.ratio for row in rows], sorted({row.rank for row in rows})
         span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
         seconds = sum(row.seconds for row in rows)
         spread = f"{mean(rows):7.4f} {min(ratios):7.4f} {max(ratios):7.4f}"
-        lines.append(f"{budget_name:10} {method:10} {spread} {span:>9} {seconds:8.1f}")
+        share = math.exp(sum(math.log(row.seconds / row.six_svds) for row in rows) / len(rows))
+        lines.append(f"{budget_name:10} {method:15} {spread} {span:>9} {seconds:8.1f} {share:10.2f}")
     return "\n".join(lines)
 
 

@@ -105,12 +105,17 @@ def tokens_of(module: nn.Module, input: Tensor) -> Tensor:
 
 
 def inputs_of(layers: Iterable[tuple[str, MatchedLayer]]) -> dict[Layer, frozenset[Kind]]:
-    """What is asked of each layer's input, by component and layer; layers of which nothing is asked are left out."""
-    return {
-        Layer(component, layer.name, layer.inn): layer.recipe.statistics
-        for component, layer in layers
-        if layer.recipe.statistics
-    }
+    """What is asked of each layer's input, by component and layer; layers of which nothing is asked are left out.
+
+    Of layers that are fitted as one and so read one input, the first is watched. Of a layer that comes more than once,
+    with several recipes, all is asked.
+    """
+    asked: dict[Layer, frozenset[Kind]] = {}
+    for component, layer in layers:
+        if layer.recipe.statistics and layer.down_from is None:
+            key = Layer(component, layer.name, layer.inn)
+            asked[key] = asked.get(key, frozenset()) | layer.recipe.statistics
+    return asked
 
 
 def sizes_of(wanted: Mapping[Layer, Iterable[Kind]], sample: int) -> dict[Layer, int]:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from loraq import registry
 from loraq.errors import CheckpointError, RegistryError
 from loraq.layout import Layout
-from loraq.linear import PackedLinear
+from loraq.linear import PackedLinear, link_shared
 from loraq.match import linear_weight
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 
 
 class Method(StrEnum):
@@ -37,8 +37,14 @@ class Method(StrEnum):
     LORAQ = "loraq"
 
 
-def quantization_config(layouts: Mapping[str, Layout], convolutions: Iterable[str]) -> dict[str, Any]:
-    """What config.json says of a quantized model: each layer's layout, the layouts that are equal told once."""
+def quantization_config(
+    layouts: Mapping[str, Layout], convolutions: Iterable[str], shared: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What config.json says of a quantized model: each layer's layout, the layouts that are equal told once.
+
+    `shared` maps layers without a `down` of their own to those that store it. Version 2 of the format is version 1 with
+    this, and written only where it is needed, so that an older LoRaQ refuses it and loads all else.
+    """
     plain: list[dict[str, Any]] = []
     layers: dict[str, int] = {}
     for name, layout in layouts.items():
@@ -48,12 +54,12 @@ def quantization_config(layouts: Mapping[str, Layout], convolutions: Iterable[st
         layers[name] = plain.index(described)
     return {
         "quant_method": str(Method.LORAQ),
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if shared else 1,
         "layouts": plain,
         "layers": layers,
         "convolutions": sorted(convolutions),
         "plugins": _plugins(layouts.values()),
-    }
+    } | ({"shared_down": dict(sorted(shared.items()))} if shared else {})
 
 
 def _plugins(layouts: Iterable[Layout]) -> dict[str, str]:
@@ -81,10 +87,10 @@ class LoraqConfig:
     def __init__(self, plain: Mapping[str, Any]) -> None:
         self.plain = dict(plain)
         version = self.plain.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise CheckpointError(
-                f"this checkpoint has format version {version}, this LoRaQ reads version {FORMAT_VERSION}: "
-                "upgrade loraq to load it."
+                f"this checkpoint has format version {version}, this LoRaQ reads versions "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}: upgrade loraq to load it."
             )
         needed = ", ".join(f"{name} {found}" for name, found in self.plain.get("plugins", {}).items())
         try:
@@ -178,6 +184,10 @@ class LoraqQuantizer(DiffusersQuantizer):
             bias = None if old.bias is None else torch.empty_like(old.bias, device="meta")
             packed = PackedLinear(layout, None, bias, convolution=name in convolutions, device="meta")
             setattr(parent, leaf, packed)
+        try:
+            link_shared(model, config.plain.get("shared_down", {}))
+        except (AttributeError, ValueError) as error:
+            raise CheckpointError(f"config.json's shared_down does not fit {type(model).__name__}: {error}") from None
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         del kwargs
@@ -214,7 +224,9 @@ def mark_quantized(model: nn.Module) -> None:
     """Tell diffusers that a model quantized in memory is packed, so that `save_pretrained` works."""
     packed = {name: child for name, child in model.named_modules() if isinstance(child, PackedLinear)}
     convolutions = [name for name, child in packed.items() if child.convolution]
-    config = LoraqConfig(quantization_config({name: child.layout for name, child in packed.items()}, convolutions))
+    shared = {name: child.down_from for name, child in packed.items() if child.down_from is not None}
+    layouts = {name: child.layout for name, child in packed.items()}
+    config = LoraqConfig(quantization_config(layouts, convolutions, shared))
     quantizer = LoraqQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]

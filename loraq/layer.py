@@ -97,6 +97,16 @@ class Coded:
         """The matrix that the codes stand for, (rows, columns) float32."""
         return self.format.decode(self)
 
+    def rows(self, first: int, last: int) -> Coded:
+        """The coded rows from `first` to before `last`; for formats whose rows stand alone (`formats.row_local`)."""
+        shape = (last - first, self.shape[1])
+        described = self.format.parts(*shape, self.group)
+        parts = {  # what all rows share, as a matrix' own scale, has its shape whatever the rows
+            name: tensor if tensor.shape == described[name].shape else tensor[first:last].contiguous()
+            for name, tensor in self.parts.items()
+        }
+        return Coded(self.format, shape, self.group, parts)
+
 
 @attrs.frozen(eq=False)
 class Fit:
@@ -125,6 +135,10 @@ class Fit:
     def rank(self) -> int:
         """The branch's rank, 0 where there is none."""
         return 0 if self.down is None else self.down.shape[0]
+
+    def rows(self, first: int, last: int) -> Fit:
+        """The fit of the output channels from `first` to before `last`, with the same `down`."""
+        return Fit(self.main.rows(first, last), self.down, None if self.up is None else self.up.rows(first, last))
 
     def decode(self) -> Tensor:
         """`main + up @ down` as the packed layer uses them, (out, inn) float32."""

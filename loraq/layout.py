@@ -73,6 +73,13 @@ class Layout:
     branch_activation: Activation
     transforms: tuple[AbstractPreTransform, ...]
     packing: AbstractPacking
+    stores_down: bool = True
+    """False where another layer, that reads the same input, stores the `down` of both."""
+
+    @property
+    def whole(self) -> Layout:
+        """The layout with `down` among its tensors: what an operation is given."""
+        return self if self.stores_down else attrs.evolve(self, stores_down=True)
 
     def matrices(self) -> Iterator[tuple[str, Storage, int, int]]:
         """(name, storage, rows, columns) of each coded matrix: main, then down and up."""
@@ -85,6 +92,8 @@ class Layout:
         """Every part by its stored name, in file order."""
         found: dict[str, Part] = {}
         for matrix, storage, rows, columns in self.matrices():
+            if matrix == "down" and not self.stores_down:
+                continue
             for name, part in storage.format.parts(rows, columns, storage.group).items():
                 found[f"{matrix}.{name}"] = part
         for index, transform in enumerate(self.transforms):
@@ -138,6 +147,8 @@ class Layout:
             plain["down"] = {"format": self.down.format.name, "group": self.down.group}
             plain["up"] = {"format": self.up.format.name, "group": self.up.group}
             plain["branch_activation"] = self.branch_activation.to_plain()
+        if not self.stores_down:
+            plain["stores_down"] = False
         if self.transforms:
             plain["transforms"] = [strategy_to_plain("pre_transform", each) for each in self.transforms]
         return plain
@@ -166,6 +177,7 @@ class Layout:
             branch_activation=activation(plain.get("branch_activation", NONE)),
             transforms=tuple(each for each in transforms if isinstance(each, AbstractPreTransform)),
             packing=packing,
+            stores_down=bool(plain.get("stores_down", True)),
         )
 
 

@@ -44,7 +44,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.layout = layout
         self.convolution = convolution
-        self._key = ops.layout_key(layout)
+        self.down_from: str | None = None
+        self._key = ops.layout_key(layout.whole)
         self._names = tuple(layout.stored())
         for name, stored in layout.stored().items():
             dtype = getattr(torch, stored.dtype)
@@ -58,7 +59,20 @@ class PackedLinear(nn.Module):
             owner.register_buffer(leaf, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         # Looking a dotted name up takes longer than a small layer with one token; the owners never change.
-        self._owners = tuple(self._owner(name) for name in self._names)
+        self._owners: tuple[tuple[nn.Module, str], ...] = ()
+        if layout.stores_down:
+            self._owners = tuple(self._owner(name) for name in self._names)
+
+    def share_down(self, leader: PackedLinear, name: str) -> None:
+        """Read `down` from `leader`, the layer called `name`, which reads the same input and stores it for both."""
+        if leader.layout.down != self.layout.down or leader.layout.rank != self.layout.rank:
+            raise ValueError(f"PackedLinear: the `down` of '{name}' is not of this layer's format and rank.")
+        self.down_from = name
+        own = set(self._names)
+        # Kept in a tuple: as a submodule it would be saved, moved and counted twice.
+        self._owners = tuple(
+            self._owner(each) if each in own else leader._owner(each) for each in self.layout.whole.stored()
+        )
 
     def _owner(self, name: str, *, create: bool = False) -> tuple[nn.Module, str]:
         """The submodule that holds a stored tensor, and the buffer's own name."""
@@ -81,8 +95,13 @@ class PackedLinear(nn.Module):
         return self.layout.out
 
     def stored(self) -> dict[str, Tensor]:
-        """The stored tensors by name."""
-        return {name: self.get_buffer(name) for name in self._names}
+        """The stored tensors by name; a shared `down` among them."""
+        return dict(zip(self.layout.whole.stored(), self._tensors(), strict=True))
+
+    def _tensors(self) -> list[Any]:
+        if not self._owners:
+            raise RuntimeError("PackedLinear: its `down` is stored by another layer; call `link_shared` on the model.")
+        return [owner._buffers[leaf] for owner, leaf in self._owners]
 
     def dequantized_weight(self) -> Tensor:
         """`main + up @ down`, (out, inn) float32, of the transformed weight."""
@@ -114,8 +133,7 @@ class PackedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if self.convolution:
             input = input.movedim(1, -1)
-        tensors: list[Any] = [owner._buffers[leaf] for owner, leaf in self._owners]
-        output = ops.linear(input, tensors, self.bias, self._key)
+        output = ops.linear(input, self._tensors(), self.bias, self._key)
         return output.movedim(-1, 1) if self.convolution else output
 
     def extra_repr(self) -> str:
@@ -123,5 +141,16 @@ class PackedLinear(nn.Module):
         branch = "no branch"
         if layout.down is not None:
             branch = f"rank {layout.rank} {layout.down.format.name} x {layout.branch_activation}"
+            if not layout.stores_down:
+                branch += f", down of {self.down_from}"
         kind = ", 1x1 convolution" if self.convolution else ""
         return f"{layout.inn} -> {layout.out}, {layout.main.format.name} x {layout.activation}, {branch}{kind}"
+
+
+def link_shared(module: nn.Module, shared: Mapping[str, str]) -> None:
+    """Tie the packed layers of `module` that store no `down` to those that store it: `shared` maps name to name."""
+    for name, leader in shared.items():
+        layer, owner = module.get_submodule(name), module.get_submodule(leader)
+        if not isinstance(layer, PackedLinear) or not isinstance(owner, PackedLinear):
+            raise ValueError(f"'{name}' takes its `down` from '{leader}', and both must be packed layers.")
+        layer.share_down(owner, leader)

@@ -7,7 +7,7 @@ one group (SANA keeps most of its weights in those). A subclass with a forward o
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 from torch import Tensor, nn
@@ -31,6 +31,21 @@ class MatchedLayer:
     bias: bool
     recipe: LayerRecipe = attrs.field(repr=False)
     layout: Layout = attrs.field(repr=False)
+    down_from: str | None = None
+    """The layer that stores this one's `down`, None where it stores its own."""
+
+    @property
+    def leader(self) -> str:
+        """The name of the first layer of the group that this one is fitted with."""
+        return self.down_from or self.name
+
+
+def grouped(layers: Iterable[MatchedLayer]) -> list[list[MatchedLayer]]:
+    """The layers in groups that are fitted as one, each as its leader comes first."""
+    groups: dict[str, list[MatchedLayer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.leader, []).append(layer)
+    return list(groups.values())
 
 
 @attrs.frozen
@@ -97,7 +112,32 @@ def match_layers(
             reason = "[[layers]] says skip"
         own = sum(parameter.numel() for parameter in child.parameters(recurse=False))
         skipped.append(SkippedLayer(name, own, reason or "not a linear layer"))
-    return tuple(matched), tuple(skipped)
+    return tuple(_sharing(matched, family)), tuple(skipped)
+
+
+def _sharing(matched: Sequence[MatchedLayer], family: Family) -> Iterator[MatchedLayer]:
+    """The layers, those that read one tensor and are to share a `down` tied to the first of them."""
+    groups: dict[tuple[str, int], list[MatchedLayer]] = {}
+    for layer in matched:
+        for index, suffixes in enumerate(family.same_input):
+            suffix = next((each for each in suffixes if layer.recipe.share_down and _ends(layer.name, each)), None)
+            if suffix is not None:
+                groups.setdefault((layer.name.removesuffix(suffix), index), []).append(layer)
+    tied: dict[str, MatchedLayer] = {}
+    for group in groups.values():
+        first = group[0]
+        alike = [each for each in group if each.recipe == first.recipe and each.inn == first.inn]
+        if len(alike) < 2 or first.layout.rank == 0:  # an override sets a layer apart
+            continue
+        layouts = first.recipe.layouts([each.out for each in alike], first.inn)
+        for layer, layout in zip(alike, layouts, strict=True):
+            tied[layer.name] = attrs.evolve(layer, layout=layout, down_from=None if layer is first else first.name)
+    for layer in matched:
+        yield tied.get(layer.name, layer)
+
+
+def _ends(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
 
 
 def _with_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:

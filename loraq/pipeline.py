@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from loraq.contracts import (
 )
 from loraq.errors import InputError, LoraqError, ModelError
 from loraq.factors import deviation
+from loraq.formats import row_local
 from loraq.input_statistics import NOTHING, Gram, InputStatistics, TokenSample
 from loraq.layer import Fit, LayerContext, LayerRecord
 
@@ -62,6 +64,7 @@ class LayerRecipe:
     low_rank: AbstractLowRank | None = None
     rank: int | None = None
     budget: int | str | None = None
+    share_down: bool = False
     branch: AbstractQuantizer | None = None
     packing: AbstractPacking | None = None
     before_fit: tuple[Callable[[Tensor, LayerContext], Tensor], ...] = ()
@@ -83,20 +86,33 @@ class LayerRecipe:
 
     def rank_for(self, out: int, inn: int) -> int:
         """The branch's rank in an (out, inn) layer."""
+        return self._rank([out], inn)
+
+    def _rank(self, outs: Sequence[int], inn: int) -> int:
+        """The rank of the one branch of layers of these `outs` with one `down`: of the bytes that each would have."""
         from loraq.budget import budget_bytes, rank_within
 
         bound = _bound(self)
         if self.budget is not None:
-            return rank_within(budget_bytes(self.budget, out, inn), bound.branch, bound.packing, out, inn)
-        return min(self.rank or 0, out, inn)
+            allowed = sum(budget_bytes(self.budget, out, inn) for out in outs)
+            return rank_within(allowed, bound.branch, bound.packing, sum(outs), inn)
+        return min(self.rank or 0, sum(outs), inn)
 
     def layout(self, out: int, inn: int) -> Layout:
         """The packed layer that this recipe makes of an (out, inn) weight, before any weight is read."""
+        return self._layout(out, inn, self._rank([out], inn))
+
+    def layouts(self, outs: Sequence[int], inn: int) -> list[Layout]:
+        """The packed layers of a group that reads one input of width `inn`: the first stores the `down` of all."""
+        rank = self._rank(outs, inn)
+        made = [self._layout(out, inn, rank) for out in outs]
+        return [made[0], *(attrs.evolve(each, stores_down=rank == 0) for each in made[1:])]
+
+    def _layout(self, out: int, inn: int, rank: int) -> Layout:
         from loraq.budget import branch_storage
         from loraq.layout import Layout, Storage
 
         bound = _bound(self)
-        rank = self.rank_for(out, inn)
         down, up = branch_storage(bound.branch, rank, inn) if rank else (None, None)
         return Layout(
             out=out,
@@ -154,6 +170,13 @@ def bind(stages: Sequence[AbstractStage]) -> LayerRecipe:
         objection = strategy.objection(recipe) if isinstance(strategy, AbstractConditional) else None
         if objection is not None:
             raise InputError(objection)
+    if recipe.share_down:
+        for quantizer in (recipe.main, recipe.branch):
+            if quantizer is not None and not row_local(quantizer.format):
+                raise InputError(
+                    f"'share_down' cuts one fit into its layers' rows, which {quantizer.format.name} does not allow; "
+                    "leave it out, or choose another format"
+                )
     return recipe
 
 
@@ -195,79 +218,107 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
     return float((weight - approximation).double().norm()) / norm if norm > 0 else 0.0
 
 
-def _relative_output_error(weight: Tensor, approximation: Tensor, context: LayerContext) -> float | None:
-    """`||x (weight - approximation)ᵀ|| / ||x weightᵀ||` where the input's Gram matrix is known."""
-    if context.statistics.get(Gram) is None:
-        return None
-    norm = deviation(weight, context)
-    return deviation(weight - approximation, context) / norm if norm > 0 else 0.0
-
-
 def quantize_layer(
     name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int, statistics: InputStatistics = NOTHING
 ) -> QuantizedLayer:
-    """One layer through the pipeline: `weight` (out, inn), any float dtype, on the device of the run.
+    """One layer through the pipeline: `quantize_group` of one."""
+    return quantize_group({name: weight}, recipe, seed=seed, statistics=statistics)[name]
 
-    `statistics` is what calibration found of the layer's input: at least what `recipe.statistics` names. Raises
-    ModelError for a weight that is not finite or statistics that are missing, LoraqError for a strategy that breaks its
-    contract.
+
+def quantize_group(
+    weights: Mapping[str, Tensor], recipe: LayerRecipe, *, seed: int, statistics: InputStatistics = NOTHING
+) -> dict[str, QuantizedLayer]:
+    """Layers that read one input, by name, through the pipeline, as one weight of all their output channels.
+
+    Each weight is (out, inn), any float dtype, on the device of the run. The layers get the transforms' online parts
+    and one `down`, which the first of them stores; main codes and `up` are cut by rows. `statistics` is what
+    calibration found of the input: at least what `recipe.statistics` names. Raises ModelError for a weight that is not
+    finite or statistics that are missing, LoraqError for a strategy that breaks its contract.
     """
     started = time.perf_counter()
-    digest = hashlib.sha256(tensor_bytes(weight)).hexdigest()
+    first, names = next(iter(weights)), list(weights)
+    digests = [hashlib.sha256(tensor_bytes(weight)).hexdigest() for weight in weights.values()]
+    values = torch.cat([_checked(name, weight) for name, weight in weights.items()])
+    missing = sorted(kind.__name__ for kind in recipe.statistics if statistics.get(kind) is None)
+    if missing:
+        raise ModelError(
+            f"layer '{first}': its strategies read {', '.join(missing)} of its input, and nothing was calibrated; "
+            "give prompts in [calibration], or a callable to `Pipeline.quantize(..., calibrate=...)`."
+        )
+    bound = _bound(recipe)
+    layouts = recipe.layouts([len(weight) for weight in weights.values()], values.shape[1])
+    with torch.no_grad():
+        transformed = values
+        context = LayerContext(first, layer_generator(seed, first, values.device), statistics)
+        online: dict[str, Tensor] = {}
+        for index, transform in enumerate(recipe.transforms):
+            prepared = transform.prepare(transformed, context)
+            online |= {f"transform.{index}.{key}": tensor for key, tensor in prepared.items()}
+            transformed = transform.weight(transformed, prepared)
+            moved = context.statistics.transformed(functools.partial(transform.input, tensors=prepared))
+            context = attrs.evolve(context, statistics=moved)
+        for before in recipe.before_fit:
+            transformed = before(transformed, context)
+        alone = bound.main.encode(transformed, context).decode()
+        fit = bound.low_rank.fit(transformed, bound.main, bound.branch, layouts[0].rank, context)
+        for after in recipe.after_fit:
+            fit = after(fit, transformed, context)
+        _check_fit(first, fit, attrs.evolve(layouts[0], out=len(values)))
+        found = fit.decode()
+        cuts = list(itertools.accumulate((layout.out for layout in layouts), initial=0))
+        tensors = []
+        for layout, start, end in zip(layouts, cuts, cuts[1:], strict=False):
+            parts = online | _parts(fit if len(layouts) == 1 else fit.rows(start, end))
+            tensors.append({key: tensor.cpu() for key, tensor in layout.pack(parts).items()})
+    results = {}
+    seconds = time.perf_counter() - started
+    for index, (name, layout) in enumerate(zip(names, layouts, strict=True)):
+        rows = slice(cuts[index], cuts[index + 1])
+        record = LayerRecord(
+            name=name,
+            out=layout.out,
+            inn=layout.inn,
+            rank=layout.rank,
+            error_before=relative_error(transformed[rows], alone[rows]),
+            error_after=relative_error(transformed[rows], found[rows]),
+            stored_bytes=layout.stored_bytes,
+            seconds=seconds * layout.out / len(values),
+            source_digest=digests[index],
+            output_error_before=_relative_output_error(transformed[rows], alone[rows], context),
+            output_error_after=_relative_output_error(transformed[rows], found[rows], context),
+        )
+        results[name] = QuantizedLayer(layout, tensors[index], record)
+    return results
+
+
+def _checked(name: str, weight: Tensor) -> Tensor:
+    """The weight in float32. Raises ModelError where it is no 16-bit model's, or not finite."""
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ModelError(f"layer '{name}': its weight is {weight.dtype}, quantized already; give the 16-bit model.")
     values = weight.detach().float()
     if not bool(torch.isfinite(values).all()):
         kind = "NaN" if bool(torch.isnan(values).any()) else "an infinite value"
         raise ModelError(f"layer '{name}': its weight has {kind}; mend the model, or skip the layer with model.skip.")
-    missing = sorted(kind.__name__ for kind in recipe.statistics if statistics.get(kind) is None)
-    if missing:
-        raise ModelError(
-            f"layer '{name}': its strategies read {', '.join(missing)} of its input, and nothing was calibrated; "
-            "give prompts in [calibration], or a callable to `Pipeline.quantize(..., calibrate=...)`."
-        )
-    bound = _bound(recipe)
-    layout = recipe.layout(*weight.shape)
-    with torch.no_grad():
-        transformed = values
-        context = LayerContext(name, layer_generator(seed, name, weight.device), statistics)
-        parts: dict[str, Tensor] = {}
-        for index, transform in enumerate(recipe.transforms):
-            online = transform.prepare(transformed, context)
-            parts |= {f"transform.{index}.{key}": tensor for key, tensor in online.items()}
-            transformed = transform.weight(transformed, online)
-            moved = context.statistics.transformed(functools.partial(transform.input, tensors=online))
-            context = attrs.evolve(context, statistics=moved)
-        for before in recipe.before_fit:
-            transformed = before(transformed, context)
-        alone = bound.main.encode(transformed, context).decode()
-        error_before = relative_error(transformed, alone)
-        output_error_before = _relative_output_error(transformed, alone, context)
-        fit = bound.low_rank.fit(transformed, bound.main, bound.branch, layout.rank, context)
-        for after in recipe.after_fit:
-            fit = after(fit, transformed, context)
-        _check_fit(name, fit, layout)
-        for matrix, coded in (("main", fit.main), ("down", fit.down), ("up", fit.up)):
-            if coded is not None:
-                parts |= {f"{matrix}.{key}": tensor for key, tensor in coded.parts.items()}
-        tensors = {key: tensor.cpu() for key, tensor in layout.pack(parts).items()}
-        found = fit.decode()
-        error_after = relative_error(transformed, found)
-        output_error_after = _relative_output_error(transformed, found, context)
-    record = LayerRecord(
-        name=name,
-        out=layout.out,
-        inn=layout.inn,
-        rank=layout.rank,
-        error_before=error_before,
-        error_after=error_after,
-        stored_bytes=layout.stored_bytes,
-        seconds=time.perf_counter() - started,
-        source_digest=digest,
-        output_error_before=output_error_before,
-        output_error_after=output_error_after,
-    )
-    return QuantizedLayer(layout, tensors, record)
+    return values
+
+
+def _parts(fit: Fit) -> dict[str, Tensor]:
+    """The tensors of all coded matrices of a fit, by stored name."""
+    matrices = (("main", fit.main), ("down", fit.down), ("up", fit.up))
+    return {
+        f"{matrix}.{key}": tensor
+        for matrix, coded in matrices
+        if coded is not None
+        for key, tensor in coded.parts.items()
+    }
+
+
+def _relative_output_error(weight: Tensor, approximation: Tensor, context: LayerContext) -> float | None:
+    """`||x (weight - approximation)ᵀ|| / ||x weightᵀ||` where the input's Gram matrix is known."""
+    if context.statistics.get(Gram) is None:
+        return None
+    norm = deviation(weight, context)
+    return deviation(weight - approximation, context) / norm if norm > 0 else 0.0
 
 
 def _check_fit(name: str, fit: Fit, layout: Layout) -> None:

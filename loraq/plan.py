@@ -18,7 +18,7 @@ from loraq.errors import InputError, ModelError, choices
 from loraq.families import family_of
 from loraq.match import MatchedLayer, match_layers
 from loraq.pipeline import Pipeline
-from loraq.quantize import replace_layer
+from loraq.quantize import replace_layers
 from loraq.report import Skipped, size
 from loraq.source import DTYPES, Component, Source, TensorSpec
 
@@ -132,6 +132,7 @@ class Plan:
                             "name": layer.name,
                             "convolution": layer.convolution,
                             "stored_bytes": layer.layout.stored_bytes,
+                            "down_from": layer.down_from,
                             **layer.layout.to_plain(),
                         }
                         for layer in each.layers
@@ -178,8 +179,7 @@ def _component_plan(component: Component, pipeline: Pipeline) -> ComponentPlan:
     skeleton = component.skeleton()
     family = family_of(component.class_name, diffusers=True)
     matched, skipped = match_layers(skeleton, pipeline, family)
-    for layer in matched:
-        replace_layer(skeleton, layer, None)
+    shared = replace_layers(skeleton, matched, None)
     for layer in matched:
         dtype = component.tensors[f"{layer.name}.weight"].dtype
         if dtype not in _WEIGHT_DTYPES:
@@ -203,7 +203,8 @@ def _component_plan(component: Component, pipeline: Pipeline) -> ComponentPlan:
     ]
     layouts = {layer.name: layer.layout for layer in matched}
     convolutions = {layer.name for layer in matched if layer.convolution}
-    skeleton.register_to_config(quantization_config=quantization_config(layouts, convolutions))  # type: ignore[operator]
+    told_config = quantization_config(layouts, convolutions, shared)
+    skeleton.register_to_config(quantization_config=told_config)  # type: ignore[operator]
     config_text: str = skeleton.to_json_string()  # type: ignore[operator]
     told = tuple(Skipped(each.name, each.weights, each.reason) for each in skipped)
     return ComponentPlan(component, matched, (*told, *unknown), tuple(kept), plan_files(specs), config_text)

@@ -8,7 +8,7 @@ first. The module is changed only after the last layer succeeded.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -20,9 +20,9 @@ from loraq.collection import collect_in_memory, inputs_of, sizes_of
 from loraq.errors import InputError, ModelError
 from loraq.families import family_of
 from loraq.input_statistics import NOTHING, InputStatistics
-from loraq.linear import PackedLinear
-from loraq.match import MatchedLayer, linear_weight, match_layers
-from loraq.pipeline import Pipeline, QuantizedLayer, quantize_layer
+from loraq.linear import PackedLinear, link_shared
+from loraq.match import MatchedLayer, grouped, linear_weight, match_layers
+from loraq.pipeline import Pipeline, QuantizedLayer, quantize_group
 from loraq.progress import Progress
 from loraq.report import Report, Skipped
 
@@ -113,30 +113,31 @@ def quantize_module(
         )
     statistics: dict[str, InputStatistics] = {}
 
-    def fitted(layer: MatchedLayer) -> QuantizedLayer:
-        weight = linear_weight(module.get_submodule(layer.name))
-        assert weight is not None, "matched layers are linear"
-        if weight.is_meta:
-            raise ModelError(f"layer '{layer.name}' is on the meta device: load the weights before quantizing.")
-        target = weight.device if pipeline.device == "auto" else resolved_device(pipeline.device)
-        known = statistics.get(layer.name, NOTHING).to(target)
-        return quantize_layer(
-            layer.name, weight.detach().to(target), layer.recipe, seed=pipeline.seed, statistics=known
-        )
+    def fitted(group: list[MatchedLayer]) -> dict[str, QuantizedLayer]:
+        weights = {}
+        for layer in group:
+            weight = linear_weight(module.get_submodule(layer.name))
+            assert weight is not None, "matched layers are linear"
+            if weight.is_meta:
+                raise ModelError(f"layer '{layer.name}' is on the meta device: load the weights before quantizing.")
+            target = weight.device if pipeline.device == "auto" else resolved_device(pipeline.device)
+            weights[layer.name] = weight.detach().to(target)
+        known = statistics.get(group[0].name, NOTHING).to(target)
+        return quantize_group(weights, group[0].recipe, seed=pipeline.seed, statistics=known)
 
     results: dict[str, QuantizedLayer] = {}
     workers = resolved_workers(pipeline.workers, pipeline.threads)
     with Progress("quantizing", sum(layer.out * layer.inn for layer in matched)) as progress:
         for lot in _lots(matched, sample, bytes_of(memory)):
             if calibrate is not None:  # the module is still what it was: fitted layers are put in place at the end
-                collected = collect_in_memory(module, lot, calibrate, sample=sample, seed=pipeline.seed)
+                leaders = [group[0] for group in lot]
+                collected = collect_in_memory(module, leaders, calibrate, sample=sample, seed=pipeline.seed)
                 statistics.clear()
                 statistics.update(collected)
-            for layer, result in in_parallel(fitted, lot, workers=workers, threads=pipeline.threads):
-                results[layer.name] = result
-                progress.advance(layer.out * layer.inn, layer.name)
-    for layer in matched:
-        replace_layer(module, layer, results[layer.name])
+            for group, result in in_parallel(fitted, lot, workers=workers, threads=pipeline.threads):
+                results.update(result)
+                progress.advance(sum(layer.out * layer.inn for layer in group), group[0].name)
+    replace_layers(module, matched, results)
     if is_diffusers:
         integration.mark_quantized(module)
     return Report(
@@ -145,16 +146,30 @@ def quantize_module(
     )
 
 
-def _lots(matched: Sequence[MatchedLayer], sample: int, limit: int) -> list[list[MatchedLayer]]:
-    """The layers in lots whose statistics may be held at once; first those that ask for none."""
+def _lots(matched: Sequence[MatchedLayer], sample: int, limit: int) -> list[list[list[MatchedLayer]]]:
+    """The groups in lots whose statistics may be held at once; first those that ask for none."""
+    groups = {group[0].name: group for group in grouped(matched)}
     sizes = sizes_of(inputs_of(("", layer) for layer in matched), sample)
-    by_name = {layer.name: layer for layer in matched}
-    reading = [[by_name[each.name] for each in lot] for lot in passes(sizes, limit)]
-    rest = [layer for layer in matched if not layer.recipe.statistics]
+    reading = [[groups[each.name] for each in lot] for lot in passes(sizes, limit)]
+    rest = [group for group in groups.values() if not group[0].recipe.statistics]
     return ([rest] if rest else []) + reading
 
 
-def replace_layer(module: nn.Module, layer: MatchedLayer, result: QuantizedLayer | None) -> None:
+def replace_layers(
+    module: nn.Module, matched: Sequence[MatchedLayer], results: Mapping[str, QuantizedLayer] | None
+) -> dict[str, str]:
+    """Put a PackedLinear where each layer is: with its result's tensors, or on the meta device where there are none.
+
+    Returns which layers take their `down` from which.
+    """
+    for layer in matched:
+        _replace_layer(module, layer, None if results is None else results[layer.name])
+    shared = {layer.name: layer.down_from for layer in matched if layer.down_from is not None}
+    link_shared(module, shared)
+    return shared
+
+
+def _replace_layer(module: nn.Module, layer: MatchedLayer, result: QuantizedLayer | None) -> None:
     """Put a PackedLinear where `layer` is: with the result's tensors, or on the meta device where there is none."""
     path, _, leaf = layer.name.rpartition(".")
     parent = module.get_submodule(path)

@@ -1,6 +1,7 @@
 """Run a recipe: read, quantize, write, from the first layer to the finished folder, and continue where it was killed.
 
-open the source -> plan every byte -> journal -> calibrate, where a strategy reads statistics
+open the source -> choose for each layer, where the recipe allocates -> plan every byte -> journal
+-> calibrate, where a strategy reads statistics
 -> layers in parallel, each: read, fit, pack, write, journal line
 -> rename the shards -> configs and the other components -> loraq.json -> rename the folder -> pictures
 """
@@ -16,7 +17,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import attrs
 import torch
 
 from loraq import registry
+from loraq.allocation import Allocation
 from loraq.calibration import digest_of, open_prompts
 from loraq.calibration import fingerprint as calibration_fingerprint
 from loraq.checkpoint import ShardWriter, index_text, sync_tree, write_text
@@ -32,9 +34,10 @@ from loraq.errors import CheckpointError, InputError, ModelError
 from loraq.input_statistics import NOTHING
 from loraq.journal import Journal, drop_leftovers, work_folder
 from loraq.layer import LayerRecord
-from loraq.match import MatchedLayer
-from loraq.pipeline import Pipeline, QuantizedLayer, quantize_layer, tensor_bytes
+from loraq.match import MatchedLayer, grouped
+from loraq.pipeline import Pipeline, QuantizedLayer, quantize_group, tensor_bytes
 from loraq.plan import ComponentPlan, Plan, make_plan
+from loraq.probing import allocated, plans_of
 from loraq.progress import Progress
 from loraq.quantize import in_parallel, resolved_device, resolved_workers
 from loraq.recipe import Recipe
@@ -56,14 +59,17 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> Report:
     """
     started = time.perf_counter()
     source = open_source(recipe.model)
-    pipeline = recipe.pipeline()
     device = resolved_device(recipe.run.device)
+    output = _checked_output(Path(recipe.run.output), source)
+    recipe, allocation = allocated(
+        recipe, source, device, calibrator_of=_calibrator, fingerprint_of=_fingerprint, output=output, restart=restart
+    )
+    pipeline = recipe.pipeline()
     plan = make_plan(source, pipeline, recipe.calibration)
     if not plan.layers:
         raise ModelError(
             f"{source.root}: no layer is left to quantize; look at model.skip, model.component and `plan`."
         )
-    output = _checked_output(Path(recipe.run.output), source)
     digests = source.digests()
     calibrator = _calibrator(recipe, plan, device, digests, work_folder(output) / "statistics")
     fingerprint = _fingerprint(recipe, plan, device, digests, calibrator)
@@ -77,7 +83,7 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> Report:
                 _check_room(plan, journal)
                 records = _write_components(plan, pipeline, journal, device, calibrator)
                 report = _report(plan, records, recipe.run.output, time.perf_counter() - started)
-                _write_rest(plan, recipe, report, fingerprint, journal)
+                _write_rest(plan, recipe, report, fingerprint, journal, allocation)
                 journal.finish(output)
         except OSError as error:
             raise CheckpointError(
@@ -112,17 +118,18 @@ def calibrate_recipe(recipe: Recipe, part: int | None = None) -> Collected | Non
     Returns what was done, None for a recipe that needs no data. Raises InputError where there is no such part.
     """
     source = open_source(recipe.model)
-    plan = make_plan(source, recipe.pipeline(), recipe.calibration)
-    if recipe.calibration is None or plan.calibration is None:
+    plans = plans_of(recipe, source)
+    reading = next((plan for plan in plans if plan.calibration is not None), None)
+    if recipe.calibration is None or reading is None:
         return None
     if recipe.calibration.cache is False:
         raise InputError("calibration.cache: is false, so nothing would be kept; name a folder, or leave it out.")
     if part is not None and not 0 <= part < recipe.calibration.parts:
         raise InputError(f"--part {part + 1}: calibration.parts is {recipe.calibration.parts}; there is no such part.")
     device = resolved_device(recipe.run.device)
-    calibrator = _calibrator(recipe, plan, device, source.digests(), Path())
+    calibrator = _calibrator(recipe, reading, device, source.digests(), Path())
     assert calibrator is not None, "the plan says that there is something to collect"
-    return calibrator.collect(plan.named_layers, part)
+    return calibrator.collect([each for plan in plans for each in plan.named_layers], part)
 
 
 def _calibrator(
@@ -149,14 +156,17 @@ def try_layers(recipe: Recipe, pattern: str) -> Report:
     """Quantize the layers whose names match `pattern` and write nothing: the report is all."""
     started = time.perf_counter()
     source = open_source(recipe.model)
-    pipeline = recipe.pipeline()
     device = resolved_device(recipe.run.device)
+    recipe, _ = allocated(
+        recipe, source, device, calibrator_of=_calibrator, fingerprint_of=_fingerprint, pattern=pattern
+    )
+    pipeline = recipe.pipeline()
     plan = make_plan(source, pipeline, recipe.calibration)
-    chosen = [
-        (component, layer)
+    chosen = [  # a group whole, if one of its layers is meant
+        (component, group)
         for component in plan.components
-        for layer in component.layers
-        if fnmatch.fnmatchcase(layer.name, pattern)
+        for group in grouped(component.layers)
+        if any(fnmatch.fnmatchcase(layer.name, pattern) for layer in group)
     ]
     if not chosen:
         first = next(iter(plan.layers), None)
@@ -164,35 +174,49 @@ def try_layers(recipe: Recipe, pattern: str) -> Report:
     records: dict[tuple[str, str], LayerRecord] = {}
     workers = resolved_workers(pipeline.workers, pipeline.threads)
     with tempfile.TemporaryDirectory(prefix="loraq-") as uncached:
-        asked = any(layer.recipe.statistics for _, layer in chosen)
+        asked = any(group[0].recipe.statistics for _, group in chosen)
         digests = source.digests() if asked else {}
         calibrator = _calibrator(recipe, plan, device, digests, Path(uncached)) if asked else None
         if calibrator is not None:
-            calibrator.collect([(component.component.name, layer) for component, layer in chosen])
-        with Progress("quantizing", sum(layer.out * layer.inn for _, layer in chosen)) as progress:
+            calibrator.collect([(component.component.name, group[0]) for component, group in chosen])
+        with Progress("quantizing", sum(_weights(group) for _, group in chosen)) as progress:
             fits = in_parallel(
                 lambda item: _fit(item[0], item[1], pipeline, device, calibrator),
                 chosen,
                 workers=workers,
                 threads=pipeline.threads,
             )
-            for (component, layer), result in fits:
-                records[component.component.name, layer.name] = result.record
-                progress.advance(layer.out * layer.inn, layer.name)
-    ordered = tuple(records[component.component.name, layer.name] for component, layer in chosen)
+            for (component, group), results in fits:
+                for name, result in results.items():
+                    records[component.component.name, name] = result.record
+                progress.advance(_weights(group), group[0].name)
+    ordered = tuple(
+        records[component.component.name, layer.name]
+        for component in plan.components
+        for layer in component.layers
+        if (component.component.name, layer.name) in records
+    )
     return Report(layers=ordered, seconds=time.perf_counter() - started)
+
+
+def _weights(group: Sequence[MatchedLayer]) -> int:
+    """How many weights the layers have."""
+    return sum(layer.out * layer.inn for layer in group)
 
 
 def _fit(
     component: ComponentPlan,
-    layer: MatchedLayer,
+    group: Sequence[MatchedLayer],
     pipeline: Pipeline,
     device: torch.device,
     calibrator: Calibrator | None,
-) -> QuantizedLayer:
-    weight = component.component.read(component.weight_name(layer)).flatten(1)
-    known = NOTHING if calibrator is None else calibrator.statistics(component.component.name, layer, device)
-    return quantize_layer(layer.name, weight.to(device), layer.recipe, seed=pipeline.seed, statistics=known)
+) -> dict[str, QuantizedLayer]:
+    weights = {
+        layer.name: component.component.read(component.weight_name(layer)).flatten(1).to(device) for layer in group
+    }
+    first = group[0]
+    known = NOTHING if calibrator is None else calibrator.statistics(component.component.name, first, device)
+    return quantize_group(weights, first.recipe, seed=pipeline.seed, statistics=known)
 
 
 def _checked_output(output: Path, source: Source) -> Path:
@@ -217,18 +241,8 @@ def _fingerprint(
     recipe: Recipe, plan: Plan, device: torch.device, digests: Mapping[str, str], calibrator: Calibrator | None
 ) -> dict[str, Any]:
     """What the result's bytes depend on: equal fingerprints, equal bytes. Calibration only where it shapes them."""
-    plain = recipe.to_plain()
-    judged = {
-        "component": plain["model"]["component"],
-        "skip": plain["model"]["skip"],
-        "keep": plain["model"]["keep"],
-        "seed": recipe.run.seed,
-        "threads": recipe.run.threads,
-        "stage": plain["stage"],
-        "layers": plain["layers"],
-    }
     return {
-        "recipe": hashlib.sha256(json.dumps(judged, sort_keys=True).encode()).hexdigest(),
+        "recipe": recipe.digest,
         "model": dict(digests),
         "versions": versions(recipe, plan),
         "device": _name_of(device),
@@ -311,40 +325,45 @@ def _write_components(
             found = records.setdefault(name, _taken_up(component, writer, journal))
             if _unit(component, _KEPT) not in journal.entries:
                 _copy_kept(component, writer, journal)
-            waiting = [layer for layer in component.layers if layer.name not in found]
+            waiting = _waiting(component, found)
             if calibrator is not None:  # collects nothing but for layers whose bytes were spoilt
-                calibrator.collect([(name, layer) for layer in waiting])
+                calibrator.collect([(name, group[0]) for group in waiting])
             # Largest first: the last fits in flight are short, and the workers end together.
-            waiting.sort(key=lambda layer: -layer.out * layer.inn)
+            waiting.sort(key=lambda group: -_weights(group))
 
             def finished(
-                layer: MatchedLayer, component: ComponentPlan = component, writer: ShardWriter = writer
-            ) -> LayerRecord:
-                result = _fit(component, layer, pipeline, device, calibrator)
-                tensors = {f"{layer.name}.{key}": tensor_bytes(tensor) for key, tensor in result.tensors.items()}
-                writer.write(tensors)
-                digest = _digest(sorted(tensors.items()))
-                journal.add(_unit(component, layer.name), digest, attrs.asdict(result.record))
-                return result.record
+                group: list[MatchedLayer], component: ComponentPlan = component, writer: ShardWriter = writer
+            ) -> dict[str, LayerRecord]:
+                results = _fit(component, group, pipeline, device, calibrator)
+                for name, result in results.items():
+                    tensors = {f"{name}.{key}": tensor_bytes(tensor) for key, tensor in result.tensors.items()}
+                    writer.write(tensors)
+                    digest = _digest(sorted(tensors.items()))
+                    journal.add(_unit(component, name), digest, attrs.asdict(result.record))
+                return {name: result.record for name, result in results.items()}
 
-            total = sum(layer.out * layer.inn for layer in component.layers)
-            done = total - sum(layer.out * layer.inn for layer in waiting)
+            total = _weights(component.layers)
+            done = total - sum(_weights(group) for group in waiting)
             with Progress(f"quantizing {name}".strip(), total, done=done) as progress:
-                for layer, record in in_parallel(finished, waiting, workers=workers, threads=pipeline.threads):
-                    found[layer.name] = record
-                    progress.advance(layer.out * layer.inn, layer.name)
+                for group, made in in_parallel(finished, waiting, workers=workers, threads=pipeline.threads):
+                    found.update(made)
+                    progress.advance(_weights(group), group[0].name)
             writer.finish()
     return records
 
 
+def _waiting(component: ComponentPlan, done: Container[str]) -> list[list[MatchedLayer]]:
+    """The groups that are not whole: of one that was cut off in the middle all layers are fitted again."""
+    return [group for group in grouped(component.layers) if not all(layer.name in done for layer in group)]
+
+
 def _calibrate(plan: Plan, calibrator: Calibrator, journal: Journal) -> None:
     """Collect what the layers ask for that the journal does not call written, of all components at once."""
-    waiting = [
-        (component.component.name, layer)
-        for component in plan.components
-        for layer in component.layers
-        if _unit(component, layer.name) not in journal.entries
-    ]
+    waiting = []
+    for component in plan.components:
+        name = component.component.name
+        done = {layer.name for layer in component.layers if _unit(component, layer.name) in journal.entries}
+        waiting += [(name, group[0]) for group in _waiting(component, done)]
     try:
         calibrator.collect(waiting)
     except InputError:
@@ -409,7 +428,14 @@ def _report(plan: Plan, records: Mapping[str, Mapping[str, LayerRecord]], output
     )
 
 
-def _write_rest(plan: Plan, recipe: Recipe, report: Report, fingerprint: Mapping[str, Any], journal: Journal) -> None:
+def _write_rest(
+    plan: Plan,
+    recipe: Recipe,
+    report: Report,
+    fingerprint: Mapping[str, Any],
+    journal: Journal,
+    allocation: Allocation | None,
+) -> None:
     """Everything but the shards: the components' configs and indices, the rest of the pipeline, loraq.json."""
     quantized = {component.component.name: component for component in plan.components}
     for name, component in quantized.items():
@@ -434,7 +460,7 @@ def _write_rest(plan: Plan, recipe: Recipe, report: Report, fingerprint: Mapping
             "python": platform.python_version(),
         },
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    } | ({} if allocation is None else {"allocation": allocation.to_plain()})
     write_text(journal.result / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
     sync_tree(journal.result)
 

@@ -31,8 +31,13 @@ class LowRankStage(AbstractStage):
     budget: int | str | None = None
     """Bound on the branch's stored bytes: a number, or "rank32@16" for as many as a rank-32 branch of 16 bits takes."""
 
+    share_down: bool = False
+    """Fit layers that read the same input (q, k, v) as one, with one stored `down`: more rank at the same bytes."""
+
     def __attrs_post_init__(self) -> None:
         if not self.strategy.has_branch:
+            if self.share_down:
+                raise InputError(f"'{self.name}' makes no branch, so there is no 'share_down'; leave it out")
             if self.rank is not None or self.budget is not None:
                 raise InputError(
                     f"'{self.name}' makes no branch, so it takes neither 'rank' nor 'budget'; leave it out"
@@ -49,4 +54,6 @@ class LowRankStage(AbstractStage):
             budget_bytes(self.budget, out=1, inn=1)  # refuses a malformed budget here rather than at the first layer
 
     def bind(self, recipe: LayerRecipe) -> LayerRecipe:
-        return attrs.evolve(recipe, low_rank=self.strategy, rank=self.rank, budget=self.budget)
+        return attrs.evolve(
+            recipe, low_rank=self.strategy, rank=self.rank, budget=self.budget, share_down=self.share_down
+        )

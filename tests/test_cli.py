@@ -97,7 +97,8 @@ def test_check_says_what_a_recipe_does_and_prints_it_whole(home: Path) -> None:
         f"{recipe}: fine; pre_transform hadamard -> main_quantizer rtn -> low_rank svd -> branch_quantizer rtn\n"
     )
     found = printed_json("check", recipe, "--set", "low_rank.rank=7")
-    assert found["stage"][2] == {"kind": "low_rank", "strategy": "svd", "name": "low_rank", "rank": 7}
+    expected = {"kind": "low_rank", "strategy": "svd", "name": "low_rank", "rank": 7, "share_down": False}
+    assert found["stage"][2] == expected
     assert found["run"]["output"] == str(home / "out")
     assert found["layers"] == [{"match": ["transformer_blocks.1.*"], "skip": True}]
 
@@ -277,7 +278,7 @@ def test_inspect_says_what_is_in_a_result(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format_version": 99}, "this checkpoint has format version 99, this LoRaQ reads version 1: upgrade loraq"),
+        ({"format_version": 99}, "format version 99, this LoRaQ reads versions 1 and 2: upgrade loraq"),
         ({"layouts": [{}]}, "its quantization_config is malformed ("),
         (
             {"layers": {"proj_in": 0}},

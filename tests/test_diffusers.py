@@ -128,8 +128,8 @@ def spoilt(folders: dict[str, Path], target: Path, change: dict[str, Any]) -> Pa
 
 
 def test_a_newer_format_version_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = spoilt(folders, tmp_path / "newer", {"format_version": 2})
-    with pytest.raises(loraq.LoraqError, match=r"format version 2.*upgrade loraq"):
+    folder = spoilt(folders, tmp_path / "newer", {"format_version": 3})
+    with pytest.raises(loraq.LoraqError, match=r"format version 3.*upgrade loraq"):
         PixArtTransformer2DModel.from_pretrained(folder)
 
 

@@ -9,12 +9,13 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from torch import Tensor
 
 import models
 from command import Forker, done, loraq, refused
@@ -121,14 +122,14 @@ def stopped(recipe: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> list[s
 def fitted(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run to the end. Returns the names of the layers that were fitted."""
     names: list[str] = []
-    quantize_layer = run_module.quantize_layer
+    quantize_group = run_module.quantize_group
 
-    def noted(name: str, *arguments: Any, **options: Any) -> Any:
-        names.append(name)
-        return quantize_layer(name, *arguments, **options)
+    def noted(weights: Mapping[str, Tensor], *arguments: Any, **options: Any) -> Any:
+        names.extend(weights)
+        return quantize_group(weights, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "quantize_layer", noted)
+        patch.setattr(run_module, "quantize_group", noted)
         run_recipe(load(recipe))
     return names
 

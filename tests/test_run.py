@@ -340,7 +340,7 @@ def test_a_disk_without_room_is_told_before_the_first_fit(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(run_module, "quantize_layer", None)
+    monkeypatch.setattr(run_module, "quantize_group", None)
     with pytest.raises(CheckpointError, match=r"run.output: .* needs [\d,]+ more bytes, but its disk has 1,000; free"):
         run(recipe)
     assert not (tmp_path / "out").exists()
