@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -287,10 +289,13 @@ def _list_all(as_json: bool) -> None:
     if as_json:
         _print_json({kind: _offers(kind) for kind in kinds})
         return
-    for kind in kinds:
-        names = [_told(kind, name) for name in registry.names(f"loraq.{kind}")]
-        click.echo(f"{kind:<18}{', '.join(names) or '-'}")
-    click.echo(f"{'recipe':<18}{', '.join(shipped_recipes())}")
+    lines = {kind: [_told(kind, name) for name in registry.names(f"loraq.{kind}")] for kind in kinds}
+    for kind, names in (lines | {"recipe": shipped_recipes()}).items():
+        line = f"{kind:<18}{', '.join(names) or '-'}"
+        if sys.stdout.isatty():  # for people, within the window; for programs, a line a kind
+            width = shutil.get_terminal_size().columns
+            line = textwrap.fill(line, width, subsequent_indent=" " * 18, break_on_hyphens=False)
+        click.echo(line)
 
 
 def _told(kind: str, name: str) -> str:
