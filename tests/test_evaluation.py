@@ -41,9 +41,8 @@ call = {{ {", ".join(CALL)} }}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(_one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_thread_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several threads gain nothing on pictures of 16 x 16, and on a busy machine they wait for one another."""
-    torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
