@@ -68,7 +68,7 @@ class Loraq(AbstractLowRank):
             return none
         up, down = factors.truncated_svd(weight, rank)
         start = factors.finished(weight, *factors.coded(up, down, branch, context), main, context)
-        turn = _orthogonal(rank, context).to(weight.device)
+        turn = factors.orthogonal(rank, context.generator).to(weight.device)
         bases = [(up @ turn, turn.T @ down), (up, down)]
         up, down = min(bases, key=lambda pair: _rounding_noise(pair[0], pair[1], branch))
         trained = self._trained(weight, up, down, main, branch)
@@ -155,10 +155,3 @@ def _root_mean_square(values: Tensor) -> float:
 def _rounding_noise(up: Tensor, down: Tensor, branch: AbstractQuantizer) -> float:
     """How far rounding the factors takes their product, root mean square."""
     return _root_mean_square(branch.round(up).decode() @ branch.round(down).decode() - up @ down)
-
-
-def _orthogonal(size: int, context: LayerContext) -> Tensor:
-    """A random orthogonal matrix (size, size)."""
-    normal = torch.randn(size, size, generator=context.generator, device=context.generator.device)
-    orthogonal: Tensor = torch.linalg.qr(normal).Q
-    return orthogonal
