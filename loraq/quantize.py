@@ -120,8 +120,10 @@ def quantize_module(
             assert weight is not None, "matched layers are linear"
             if weight.is_meta:
                 raise ModelError(f"layer '{layer.name}' is on the meta device: load the weights before quantizing.")
-            target = weight.device if pipeline.device == "auto" else resolved_device(pipeline.device)
-            weights[layer.name] = weight.detach().to(target)
+            weights[layer.name] = weight.detach()
+        first = weights[group[0].name].device  # a model may lie on several devices; a group is fitted on one
+        target = first if pipeline.device == "auto" else resolved_device(pipeline.device)
+        weights = {name: weight.to(target) for name, weight in weights.items()}
         known = statistics.get(group[0].name, NOTHING).to(target)
         return quantize_group(weights, group[0].recipe, seed=pipeline.seed, statistics=known)
 
