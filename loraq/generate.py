@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from loraq.errors import CheckpointError, InputError
+from loraq.provenance import PROVENANCE
 from loraq.quantize import resolved_device
-from loraq.run import PROVENANCE
 from loraq.samples import draw, load_pipeline
 
 

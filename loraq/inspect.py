@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraq.errors import CheckpointError
 from loraq.journal import work_folder
+from loraq.provenance import PROVENANCE, report_of
 from loraq.report import layer_table, size, skipped_line
-from loraq.run import PROVENANCE, report_of
 from loraq.source import DTYPES, read_header, read_json
 
 if TYPE_CHECKING:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -24,7 +22,6 @@ from typing import Any
 import attrs
 import torch
 
-from loraq import registry
 from loraq.allocation import Allocation
 from loraq.calibration import digest_of, open_prompts
 from loraq.calibration import fingerprint as calibration_fingerprint
@@ -39,13 +36,13 @@ from loraq.pipeline import Pipeline, QuantizedLayer, quantize_group, tensor_byte
 from loraq.plan import ComponentPlan, Plan, make_plan
 from loraq.probing import allocated, plans_of
 from loraq.progress import Progress
+from loraq.provenance import PROVENANCE, record_of, report_of, versions, write_provenance
 from loraq.quantize import in_parallel, resolved_device, resolved_workers
 from loraq.recipe import Recipe
-from loraq.report import Report, Skipped
+from loraq.report import Report
 from loraq.source import WEIGHTS_NAME, Source, open_source
 from loraq.statistics_cache import cache_folder
 
-PROVENANCE = "loraq.json"
 PICTURES = "samples.png"
 _KEPT = "(kept)"
 """The journal's unit of the tensors that are only copied; no layer is called so."""
@@ -256,23 +253,6 @@ def _told_calibration(calibrator: Calibrator) -> dict[str, Any]:
     return dict(json.loads(json.dumps(told)))
 
 
-def versions(recipe: Recipe, plan: Plan) -> dict[str, str]:
-    """The versions of everything that shapes the result: libraries, and each distribution that offers a strategy."""
-    found = {name: importlib.metadata.version(name) for name in ("loraq", "torch", "diffusers", "numba")}
-    wanted = {("loraq.stage", stage.kind) for stage in recipe.stage}
-    for layer in plan.layers:
-        bound = layer.recipe
-        strategies = {"main_quantizer": bound.main, "low_rank": bound.low_rank, "branch_quantizer": bound.branch}
-        named = [*strategies.items(), *(("pre_transform", each) for each in bound.transforms)]
-        wanted |= {(f"loraq.{kind}", registry.name_of(f"loraq.{kind}", type(each))) for kind, each in named}
-    for component in plan.components:  # of formats and packings, which a loader needs as well
-        found |= json.loads(component.config_text)["quantization_config"]["plugins"]
-    for group, name in wanted:
-        offer = registry.offer(group, name)
-        found[offer.distribution] = offer.version
-    return found
-
-
 def _finished(output: Path, plan: Plan, fingerprint: Mapping[str, Any]) -> Report | None:
     """The report of a finished output with this fingerprint, None where there is work to do."""
     path = output / PROVENANCE
@@ -296,19 +276,6 @@ def _finished(output: Path, plan: Plan, fingerprint: Mapping[str, Any]) -> Repor
             if not shard.is_file() or shard.stat().st_size != file.size:
                 raise CheckpointError(f"{shard} is missing or cut off; make the folder anew with --restart.")
     return report
-
-
-def report_of(provenance: Mapping[str, Any]) -> Report:
-    """The report that loraq.json keeps."""
-    report = dict(provenance["report"])
-    known = {field.name for field in attrs.fields(Report)}
-    rest = {key: value for key, value in report.items() if key in known and key not in ("layers", "skipped")}
-    layers = tuple(_record(each) for each in report["layers"])
-    return Report(layers=layers, skipped=tuple(Skipped(**each) for each in report["skipped"]), **rest)
-
-
-def _record(plain: Mapping[str, Any]) -> LayerRecord:
-    return LayerRecord(**{field.name: plain[field.name] for field in attrs.fields(LayerRecord) if field.name in plain})
 
 
 def _write_components(
@@ -399,7 +366,7 @@ def _taken_up(component: ComponentPlan, writer: ShardWriter, journal: Journal) -
         if _digest((tensor, writer.read(tensor)) for tensor in sorted(tensors)) != entry["digest"]:
             del journal.entries[_unit(component, name)]
         elif entry["record"] is not None:
-            records[name] = _record(entry["record"])
+            records[name] = record_of(entry["record"])
     return records
 
 
@@ -449,19 +416,7 @@ def _write_rest(
             shutil.copytree(entry, journal.result / entry.name, dirs_exist_ok=True)
         else:
             shutil.copy2(entry, journal.result / entry.name)
-    provenance = {
-        "format_version": 1,
-        "fingerprint": fingerprint,
-        "recipe": recipe.to_plain(),
-        "report": report.to_plain(),
-        "machine": {
-            "platform": platform.platform(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    } | ({} if allocation is None else {"allocation": allocation.to_plain()})
-    write_text(journal.result / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
+    write_provenance(journal.result, recipe, report, fingerprint, allocation)
     sync_tree(journal.result)
 
 

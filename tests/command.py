@@ -67,7 +67,7 @@ def refused(finished: Finished, code: int = 2) -> str:
 
 _FORKER = """
 import json, os, sys
-import loraq.diffusers, loraq.run
+import loraq.diffusers, loraq.commands.run, loraq.run
 from diffusers import PixArtTransformer2DModel
 from loraq.cli import main
 

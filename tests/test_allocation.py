@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 import models
 from command import done, loraq, refused
 from loraq import probing
-from loraq.cli import shipped_recipes
 from loraq.errors import CheckpointError, InputError, RecipeError
 from loraq.journal import work_folder
 from loraq.knapsack import select
@@ -25,6 +24,7 @@ from loraq.plan import Plan, make_plan
 from loraq.probing import look_ahead, random_tokens
 from loraq.recipe import Recipe, load, overridden
 from loraq.run import calibrate_recipe, run_recipe, try_layers
+from loraq.shipped import shipped_recipes
 from loraq.source import open_source
 
 BUDGET = "6.3 bits"

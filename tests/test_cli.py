@@ -15,7 +15,7 @@ from PIL import Image
 import models
 from command import done, loraq, process, refused
 from loraq import registry
-from loraq.cli import shipped_recipes
+from loraq.shipped import shipped_recipes
 
 SAMPLES = f"""
 [[layers]]

@@ -22,12 +22,12 @@ import models
 from loraq import recipe as recipes
 from loraq import registry
 from loraq.calibration import open_prompts
-from loraq.cli import shipped_recipes
 from loraq.contracts import AbstractCalibrated
 from loraq.plan import make_plan
 from loraq.recipe import Recipe, plain_stage
 from loraq.report import Report
 from loraq.run import run_recipe, try_layers
+from loraq.shipped import shipped_recipes
 from loraq.source import open_source
 
 ROOT = Path(__file__).parent.parent
