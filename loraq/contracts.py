@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loraq.activation import Activation
-    from loraq.layer import Coded, Fit, LayerContext, Part
+    from loraq.layer import Coded, Fit, LayerContext, Lookup, Part
     from loraq.layout import Layout, Stored
     from loraq.pipeline import LayerRecipe
 
@@ -100,6 +100,17 @@ class AbstractFormat(ABC):
 
         `indices` (rows, columns) int64 count along the last axis of `points`, within the element's group.
         """
+
+
+class AbstractLookup(ABC):
+    """What a format adds to its contract when a code stands for one of at most 256 values times its group's scale.
+
+    A kernel can then decode any such format by one loop.
+    """
+
+    @abstractmethod
+    def lookup(self, coded: Coded) -> Lookup:
+        """The codes with what they stand for: what `decode` gives, bit for bit."""
 
 
 class AbstractStatistic(ABC):

@@ -19,9 +19,18 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from loraq.contracts import AbstractFormat
-from loraq.formats import divided, largest, no_integers, scaled, scaled_points, ungrouped, with_codes
-from loraq.layer import Coded, Part, groups_of
+from loraq.contracts import AbstractFormat, AbstractLookup
+from loraq.formats import (
+    divided,
+    integer_lookup,
+    largest,
+    no_integers,
+    scaled,
+    scaled_points,
+    ungrouped,
+    with_codes,
+)
+from loraq.layer import Coded, Lookup, Part, groups_of
 
 if TYPE_CHECKING:
     import torch
@@ -72,21 +81,25 @@ class Minifloat:
 
     def encode(self, values: Tensor) -> Tensor:
         """The codes of `values`, uint8, nearest, ties to even, saturating; zeros keep their sign."""
-        table = torch.tensor(self.magnitudes(), dtype=torch.float32, device=values.device)
-        middles = (table[1:] + table[:-1]) / 2  # exact: neighbours differ in one bit more than the mantissa has
-        magnitudes = values.abs().contiguous()
-        index = torch.bucketize(magnitudes, middles)  # a value in the middle comes out below it
-        at_middle = middles[index.clamp(max=len(middles) - 1)] == magnitudes
-        index = index + (at_middle & (index % 2 == 1) & (index < len(middles)))
-        return (index + (torch.signbit(values).long() << (self.bits - 1))).to(torch.uint8)
+        least = 2 - 2 ** (self.exponent - 1)  # of normal numbers; below it steps grow no smaller
+        # What is no number counts as largest, as infinity does.
+        magnitudes = torch.where(values.abs() < self.top, values.abs(), self.top)
+        exponents = ((magnitudes.view(torch.int32) >> 23) - 127).clamp_(min=least)
+        # One step there is 2^(exponent - mantissa): dividing by it is exact.
+        per_step = ((127 + self.mantissa - exponents) << 23).view(torch.float32)
+        codes = (magnitudes * per_step).round_().to(torch.int32)
+        codes += (exponents - least) << self.mantissa
+        return (codes + (torch.signbit(values).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The values of uint8 `codes`, float32."""
-        magnitudes = self.magnitudes()
+        return self.values(codes.device)[codes.long()]
+
+    def values(self, device: torch.device) -> Tensor:
+        """What each code stands for, float32; nothing that is a number for the reserved ones."""
         padding = [float("nan")] * self.reserved
-        table = torch.tensor(magnitudes + padding, dtype=torch.float32, device=codes.device)
-        signed = torch.cat([table, -table])
-        return signed[codes.long()]
+        table = torch.tensor(self.magnitudes() + padding, dtype=torch.float32, device=device)
+        return torch.cat([table, -table])
 
     def levels(self, device: torch.device) -> Tensor:
         """All values, ascending, float32; zero once."""
@@ -108,7 +121,7 @@ E2M1 = Minifloat(2, 1)
 
 
 @attrs.frozen
-class FloatGroupFormat(AbstractFormat):
+class FloatGroupFormat(AbstractFormat, AbstractLookup):
     """Floating point codes with one bfloat16 scale a group."""
 
     name: str
@@ -149,9 +162,12 @@ class FloatGroupFormat(AbstractFormat):
     def with_points(self, coded: Coded, indices: Tensor) -> Coded:
         return with_codes(coded, self.grid.codes_at(indices))
 
+    def lookup(self, coded: Coded) -> Lookup:
+        return Lookup(coded.codes, self.grid.values(coded.codes.device), coded.scales.float())
+
 
 @attrs.frozen
-class MicroscalingFormat(AbstractFormat):
+class MicroscalingFormat(AbstractFormat, AbstractLookup):
     """MX: blocks of 32 floating point or integer codes with one power of two, E8M0, a block.
 
     `grid` is a Minifloat, or the width in bits of two's complement integers whose implied scale makes their largest
@@ -227,9 +243,15 @@ class MicroscalingFormat(AbstractFormat):
             return with_codes(coded, indices - 2 ** (self.grid - 1))
         return with_codes(coded, self.grid.codes_at(indices))
 
+    def lookup(self, coded: Coded) -> Lookup:
+        scales = self._scales(coded.parts["exponents"])
+        if isinstance(self.grid, int):
+            return integer_lookup(coded.codes, scales)
+        return Lookup(coded.codes, self.grid.values(coded.codes.device), scales)
+
 
 @attrs.frozen
-class TwoLevelFloatFormat(AbstractFormat):
+class TwoLevelFloatFormat(AbstractFormat, AbstractLookup):
     """NVFP4: blocks of 16 E2M1 codes, an E4M3 scale a block, and one float32 scale for the whole matrix.
 
     The matrix's scale maps its largest magnitude to the top of both grids, 6 * 448, so that no block's scale overflows.
@@ -283,6 +305,9 @@ class TwoLevelFloatFormat(AbstractFormat):
 
     def with_points(self, coded: Coded, indices: Tensor) -> Coded:
         return with_codes(coded, E2M1.codes_at(indices))
+
+    def lookup(self, coded: Coded) -> Lookup:
+        return Lookup(coded.codes, E2M1.values(coded.codes.device), self._scales(coded))
 
 
 FP8_E4M3 = FloatGroupFormat("fp8_e4m3", E4M3)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from loraq import registry
-from loraq.contracts import AbstractFormat
-from loraq.layer import Coded, Part, groups_of
+from loraq.blocks import row_blocks
+from loraq.contracts import AbstractFormat, AbstractLookup
+from loraq.layer import Coded, Lookup, Part, groups_of
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,12 @@ def divided(values: Tensor, scales: Tensor, group: int) -> Tensor:
 
 def scaled(values: Tensor, scales: Tensor, group: int) -> Tensor:
     """`values * scale` (rows, columns), each group's columns times its scale of `scales` (rows, groups)."""
-    return ungrouped(grouped(values, group) * scales.unsqueeze(-1), values.shape[1]).contiguous()
+    columns = values.shape[1]
+    result = torch.empty(values.shape, dtype=scales.dtype, device=values.device)
+    for rows in row_blocks(values):
+        part = values[rows].to(scales.dtype)
+        result[rows] = ungrouped(grouped(part, group) * scales[rows].unsqueeze(-1), columns)
+    return result
 
 
 def nearest(values: Tensor, points: Tensor) -> Tensor:
@@ -90,8 +96,14 @@ def scaled_points(levels: Tensor, scales: Tensor) -> Tensor:
     return levels * scales.unsqueeze(-1)
 
 
+def integer_lookup(codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Lookup:
+    """The lookup of two's complement `codes` (rows, columns) int8: each byte stands for its integer."""
+    values = torch.arange(256, device=codes.device).to(torch.uint8).view(torch.int8).float()
+    return Lookup(codes.contiguous().view(torch.uint8), values, scales.float(), offsets)
+
+
 @attrs.frozen
-class IntegerFormat(AbstractFormat):
+class IntegerFormat(AbstractFormat, AbstractLookup):
     """Two's complement integers of `bits` bits, symmetric, one bfloat16 scale a group."""
 
     name: str
@@ -122,7 +134,7 @@ class IntegerFormat(AbstractFormat):
         return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
-        return scaled(coded.codes.float(), coded.scales.float(), coded.group)
+        return scaled(coded.codes, coded.scales.float(), coded.group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         return coded.codes, coded.scales.float(), coded.group
@@ -133,6 +145,9 @@ class IntegerFormat(AbstractFormat):
 
     def with_points(self, coded: Coded, indices: Tensor) -> Coded:
         return with_codes(coded, indices - (self.limit + 1))
+
+    def lookup(self, coded: Coded) -> Lookup:
+        return integer_lookup(coded.codes, coded.scales)
 
 
 def no_integers(format: AbstractFormat) -> TypeError:
@@ -146,7 +161,7 @@ def _ascending(instance: Any, attribute: Any, table: tuple[float, ...]) -> None:
 
 
 @attrs.frozen
-class TableFormat(AbstractFormat):
+class TableFormat(AbstractFormat, AbstractLookup):
     """Values looked up in a table, one bfloat16 scale a group: code k stands for `table[k] * scale`.
 
     `table` ascends and has at most 2^bits values; its largest magnitude is the top of the grid. There is no integer
@@ -192,6 +207,10 @@ class TableFormat(AbstractFormat):
 
     def with_points(self, coded: Coded, indices: Tensor) -> Coded:
         return with_codes(coded, indices)
+
+    def lookup(self, coded: Coded) -> Lookup:
+        values = torch.tensor(self.table, dtype=torch.float32, device=coded.codes.device)
+        return Lookup(coded.codes, values, coded.scales.float())
 
 
 @attrs.frozen

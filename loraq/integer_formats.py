@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from loraq.contracts import AbstractFormat
-from loraq.formats import divided, grouped, largest, no_integers, scaled, scaled_points, ungrouped, with_codes
-from loraq.layer import Coded, Part, groups_of
+from loraq.contracts import AbstractFormat, AbstractLookup
+from loraq.formats import (
+    divided,
+    grouped,
+    integer_lookup,
+    largest,
+    no_integers,
+    scaled,
+    scaled_points,
+    ungrouped,
+    with_codes,
+)
+from loraq.layer import Coded, Lookup, Part, groups_of
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +83,7 @@ class AsymmetricFormat(AbstractFormat):
 
     def decode(self, coded: Coded) -> Tensor:
         integers, scales, group = self.integer_view(coded)
-        return scaled(integers.float(), scales, group)
+        return scaled(integers, scales, group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         kind = torch.int8 if self.bits < 8 else torch.int16
@@ -89,7 +99,7 @@ class AsymmetricFormat(AbstractFormat):
 
 
 @attrs.frozen
-class OffsetFormat(AbstractFormat):
+class OffsetFormat(AbstractFormat, AbstractLookup):
     """Two's complement codes: value = code * scale + offset, the group's range from its least to its largest value.
 
     The range always holds 0, as AsymmetricFormat's, though 0 need not be a point. The offset is what the middle of the
@@ -140,6 +150,9 @@ class OffsetFormat(AbstractFormat):
     def with_points(self, coded: Coded, indices: Tensor) -> Coded:
         return with_codes(coded, indices - 2 ** (self.bits - 1))
 
+    def lookup(self, coded: Coded) -> Lookup:
+        return integer_lookup(coded.codes, coded.scales, coded.parts["offsets"].float())
+
 
 def _range_with_zero(values: Tensor, group: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Each group's least and largest value or 0, shrunk to `limits` where given: two of (rows, groups)."""
@@ -185,7 +198,7 @@ class TernaryFormat(AbstractFormat):
         return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
-        return scaled(coded.codes.float(), coded.scales.float(), coded.group)
+        return scaled(coded.codes, coded.scales.float(), coded.group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         return coded.codes, coded.scales.float(), coded.group

@@ -109,6 +109,20 @@ class Coded:
 
 
 @attrs.frozen(eq=False)
+class Lookup:
+    """A coded matrix whose elements stand for `values[code] * scale`, plus the group's offset where there are some.
+
+    `codes` (rows, columns) uint8, `values` (at most 256,) float32, `scales` and `offsets` (rows, groups) float32; each
+    operation is rounded on its own.
+    """
+
+    codes: Tensor
+    values: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+
+
+@attrs.frozen(eq=False)
 class Fit:
     """What a low-rank strategy returns: `weight ≈ main + up @ down`, each factor coded.
 
@@ -144,7 +158,7 @@ class Fit:
         """`main + up @ down` as the packed layer uses them, (out, inn) float32."""
         weight = self.main.decode()
         if self.down is not None and self.up is not None:
-            weight = weight + self.up.decode() @ self.down.decode()
+            weight = weight.addmm(self.up.decode(), self.down.decode())
         return weight
 
 

@@ -17,6 +17,7 @@ from loraq.contracts import (
     AbstractCalibrated,
     AbstractFormat,
     AbstractKernel,
+    AbstractLookup,
     AbstractLowRank,
     AbstractMetric,
     AbstractPacking,
@@ -61,6 +62,22 @@ def number_format(format: AbstractFormat) -> None:
             nearest = (values - decoded).abs().max()
             assert nearest <= values.abs().max(), "rounding is worse than giving zero"
             _points_are_what_decodes(format, coded, values)
+            if isinstance(format, AbstractLookup):
+                _lookup_is_what_decodes(format, coded)
+
+
+def _lookup_is_what_decodes(format: AbstractLookup, coded: Coded) -> None:
+    """A table's value times the scale, plus the offset, is the decoded value, bit for bit."""
+    found = format.lookup(coded)
+    rows, columns = coded.shape
+    assert found.codes.shape == (rows, columns)
+    assert found.codes.dtype == torch.uint8
+    assert len(found.values) <= 256
+    groups = torch.arange(columns) // coded.group
+    values = found.values[found.codes.long()] * found.scales[:, groups]
+    if found.offsets is not None:
+        values = values + found.offsets[:, groups]
+    assert torch.equal(values, coded.decode())
 
 
 def _points_are_what_decodes(format: AbstractFormat, coded: Coded, values: torch.Tensor) -> None:

@@ -108,8 +108,8 @@ def test_the_cpu_kernel_runs_mixed_widths(name: str) -> None:
     assert torch.allclose(kernel.linear(input, stored, None, layout), ops.reference(input, stored, None, layout))
 
 
-@pytest.mark.parametrize("name", ["int2_binary", "int4_offset"])
-def test_the_cpu_kernel_refuses_what_has_no_integers(name: str) -> None:
+@pytest.mark.parametrize("name", ["int2_binary", "int3_binary"])
+def test_the_cpu_kernel_refuses_what_has_no_table(name: str) -> None:
     layout = layout_of(name, 40, 96)
     assert ops.kernel_for(layout, "cpu") is None
     weight, input = seeded(40, 96), seeded(9, 96, seed=1)

@@ -25,6 +25,7 @@ import torch
 
 from loraq import ops
 from loraq.contracts import AbstractKernel
+from loraq.layer import Coded
 
 from . import compiled, threads
 from .prepared import Prepared, refusal
@@ -33,6 +34,7 @@ from .records import Call
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loraq.activation import Activation
     from loraq.layout import Layout
 
 _SERIAL_PRODUCTS = 1_000_000
@@ -91,6 +93,8 @@ class CpuKernel(AbstractKernel):
         rows = input
         if not prepared.fused:
             rows = layout.transformed(input.float(), tensors)
+            if prepared.rounded_before:
+                rows = _rounded(rows, layout.activation)
         elif input.dtype not in (torch.float32, torch.bfloat16):
             rows = input.float()
         half = input.dtype == torch.bfloat16
@@ -125,7 +129,8 @@ def _with_branch_in_torch(
     layout = prepared.layout
     transformed = layout.transformed(input.float(), tensors).contiguous()
     output = torch.empty((input.shape[0], layout.out), dtype=torch.float32)
-    _run(prepared, transformed, output, None)
+    rows = _rounded(transformed, layout.activation) if prepared.rounded_before else transformed
+    _run(prepared, rows, output, None)
     rounded = ops.quantize_activation(transformed, layout.branch_activation)
     thin = ops.product(rounded, layout.coded("down", tensors))
     rounded = ops.quantize_activation(thin, layout.branch_activation)
@@ -133,6 +138,12 @@ def _with_branch_in_torch(
     if bias is not None:
         output += bias.float()
     return output.to(input.dtype)
+
+
+def _rounded(rows: Tensor, kind: Activation) -> Tensor:
+    """The values that `rows` (tokens, columns) are rounded to, float32."""
+    coded = ops.quantize_activation(rows, kind)
+    return coded.decode() if isinstance(coded, Coded) else coded
 
 
 def _run(prepared: Prepared, input: Tensor, output: Tensor, bias: Tensor | None) -> None:

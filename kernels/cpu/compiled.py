@@ -21,7 +21,7 @@ from typing import Any
 import numba
 from llvmlite import binding
 
-from . import layer, products
+from . import float_panel, layer, products
 from .tile import PORTABLE, VNNI256, VNNI512, Machine
 
 _PRODUCTS: dict[str, dict[int, Callable[[Any], None]]] = {
@@ -29,6 +29,13 @@ _PRODUCTS: dict[str, dict[int, Callable[[Any], None]]] = {
     VNNI256.name: {4: products.vnni256_int4, 8: products.vnni256_int8},
     PORTABLE.name: {4: products.portable_int4, 8: products.portable_int8},
 }
+_FLOATS: dict[str, Callable[[Any], None]] = {VNNI512.name: products.vnni512_float}
+_DECODERS: dict[tuple[str, int], Callable[[Any], None]] = {
+    (VNNI512.name, 4): products.vnni512_decode4,
+    (PORTABLE.name, 4): products.portable_decode4,
+    (PORTABLE.name, 8): products.portable_decode8,
+}
+"""What a machine does not have, it takes from the portable one."""
 MACHINES = (VNNI512, VNNI256, PORTABLE)
 """Fastest first."""
 
@@ -74,6 +81,23 @@ def machine(name: str | None = None) -> Machine:
 def product(machine: Machine, bits: int) -> int:
     """The address of the product of one panel of `bits`-wide weights, 4 or 8."""
     return _address(_PRODUCTS[machine.name][bits])
+
+
+def float_product(machine: Machine) -> int:
+    """The address of the float32 product of one panel."""
+    return _address(_FLOATS.get(machine.name, products.portable_float))
+
+
+def decoder(machine: Machine, bits: int, integers: bool) -> int:
+    """The address of what decodes columns of a panel of `bits`-wide codes, 4 or 8, by table or as 8-bit integers."""
+    if integers:
+        return _address(products.decode_integers)
+    return _address(_DECODERS.get((machine.name, bits)) or _DECODERS[PORTABLE.name, bits])
+
+
+def float_run() -> int:
+    """The address of `float_panel.run`."""
+    return _address(float_panel.run)
 
 
 def run() -> int:

@@ -2,9 +2,9 @@
 
 A call is cut into tasks, `token_blocks` x `output_parts`. A task takes a block of tokens through the whole layer while
 its codes stay in the cache: rows are transformed and rounded, multiplied with `down`, the thin rows are rounded, and
-then each panel of 32 outputs is made, main product first, branch and bias on top. No task waits for another, so there
-are no barriers; where the outputs are cut because the tokens are few, each part rounds its rows anew, which is cheaper
-than to wait.
+then each panel of 32 outputs is made, main product first, branch and bias on top. Products that do not run in integers
+take the transformed rows themselves. No task waits for another, so there are no barriers; where the outputs are cut
+because the tokens are few, each part rounds its rows anew, which is cheaper than to wait.
 
 A worker is `run(address of a records.Call)`, in any number of threads at once: each draws a number for its piece of
 the scratch memory, then tasks until none are left.
@@ -19,7 +19,7 @@ import numpy
 from numba import carray  # type: ignore[attr-defined]  # it is there, but not in __all__
 
 from .memory import butterflies_16, butterflies_128, call, encode, largest_bits, pointer, take_ticket
-from .records import CALL, LAYER, MATRIX, ROUNDING
+from .records import CALL, FLOAT_ARGUMENTS_AT, FLOAT_MATRIX, LAYER, MATRIX, ROUNDING
 from .tile import OUTPUTS
 
 _compiled = numba.njit(nogil=True, error_model="numpy")
@@ -144,12 +144,18 @@ def _rotate(row: Any, inn: Any, block: Any, factor: Any) -> None:
 
 
 @_compiled
-def _row(task: Any, layer: Any, token: Any, memory: Any) -> Any:
-    """The address of the transformed row of `token` as float32: the input itself where nothing is done to it."""
-    inn = layer.inn
-    if task.bfloat16_in == 0 and layer.smoothing == 0 and layer.block == 1:
+def _untouched(task: Any, layer: Any) -> Any:
+    """Whether the rows are the input itself, as nothing is done to it."""
+    return task.bfloat16_in == 0 and layer.smoothing == 0 and layer.block == 1
+
+
+@_compiled
+def _row(task: Any, layer: Any, first: Any, index: Any, memory: Any) -> Any:
+    """The address of the transformed row of token `first + index` as float32."""
+    inn, token = layer.inn, first + index
+    if _untouched(task, layer):
         return task.input + token * inn * 4
-    row = memory + layer.row_at
+    row = memory + layer.row_at + index * layer.row_stride
     values = _float32_at(row, inn)
     if task.bfloat16_in:
         half, bits = _uint16_at(task.input + token * inn * 2, inn), _uint32_at(row, inn)
@@ -199,16 +205,49 @@ def _product(
 
 
 @_compiled
+def _float_product(
+    matrix: Any,
+    rows: Any,
+    row_stride: Any,
+    memory: Any,
+    panel: Any,
+    bias: Any,
+    zeros: Any,
+    target: Any,
+    stride: Any,
+    add: Any,
+    tokens: Any,
+) -> None:
+    """One panel of a product in float32, by a function of its own: most layers never need it compiled."""
+    given = _int64_at(memory + FLOAT_ARGUMENTS_AT, 11)  # float_panel.ARGUMENTS
+    given[0] = matrix
+    given[1] = rows
+    given[2] = row_stride
+    given[3] = memory
+    given[4] = panel
+    given[5] = bias
+    given[6] = zeros
+    given[7] = target
+    given[8] = stride
+    given[9] = add
+    given[10] = tokens
+    call(carray(pointer(matrix), (1,), FLOAT_MATRIX)[0].run, memory + FLOAT_ARGUMENTS_AT)
+
+
+@_compiled
 def _round_block(task: Any, layer: Any, memory: Any, first: Any, tokens: Any) -> None:
     """Everything up to the codes of the main product and of the branch's second product, for a block of tokens."""
-    round_main = carray(pointer(layer.round_main), (1,), ROUNDING)[0]
+    round_main = carray(pointer(layer.round_main), (1,), ROUNDING)[0]  # not looked at where there is none
     limits, part = memory + layer.limits_at, memory + layer.part_at
     for token in range(tokens):
-        row = _row(task, layer, first + token, memory)
-        _round_row(round_main, row, limits, part, memory, token)
+        row = _row(task, layer, first, token, memory)
+        if layer.round_main != 0:
+            _round_row(round_main, row, limits, part, memory, token)
         if layer.round_down != layer.round_main and layer.round_down != 0:
             round_down = carray(pointer(layer.round_down), (1,), ROUNDING)[0]
             _round_row(round_down, row, limits, part, memory, token)
+    if layer.float_down != 0:
+        _float_down(task, layer, memory, first, tokens)
     if layer.down == 0:
         return
     down = carray(pointer(layer.down), (1,), MATRIX)[0]
@@ -221,6 +260,26 @@ def _round_block(task: Any, layer: Any, memory: Any, first: Any, tokens: Any) ->
         _product(down, round_down, round_down.second_at, memory, panel, zeros, target, stride, 0, tokens)
     for token in range(tokens):
         _round_row(round_thin, thin + token * stride, limits, part, memory, token)
+
+
+@_compiled
+def _rows(task: Any, layer: Any, memory: Any, first: Any) -> Any:
+    """(address, bytes from one to the next) of a block's transformed rows, where the layer keeps them."""
+    if _untouched(task, layer):
+        return task.input + first * layer.inn * 4, layer.inn * 4
+    return memory + layer.row_at, layer.row_stride
+
+
+@_compiled
+def _float_down(task: Any, layer: Any, memory: Any, first: Any, tokens: Any) -> None:
+    """The thin rows of a block of tokens, by the product in float32."""
+    down = carray(pointer(layer.float_down), (1,), FLOAT_MATRIX)[0]
+    rows, row_stride = _rows(task, layer, memory, first)
+    zeros = _zero_bias(memory + layer.bias_at)
+    for panel in range(down.panels):
+        target = memory + layer.thin_at + panel * OUTPUTS * 4
+        stride = down.panels * OUTPUTS * 4
+        _float_product(layer.float_down, rows, row_stride, memory, panel, zeros, zeros, target, stride, 0, tokens)
 
 
 @_compiled
@@ -268,30 +327,45 @@ def _write(task: Any, layer: Any, tile: Any, panel: Any, first: Any, tokens: Any
 
 
 @_compiled
+def _outputs(
+    task: Any, layer: Any, memory: Any, first: Any, panel: Any, bias: Any, target: Any, stride: Any, tokens: Any
+) -> None:
+    """One panel of the layer's outputs: the main product, the branch's and the bias."""
+    zeros = _zero_bias(memory + layer.bias_at + OUTPUTS * 4)
+    last = bias if layer.up == 0 and layer.float_up == 0 else zeros
+    if layer.main != 0:
+        main = carray(pointer(layer.main), (1,), MATRIX)[0]
+        rounding = carray(pointer(layer.round_main), (1,), ROUNDING)[0]
+        _product(main, rounding, rounding.offsets_at, memory, panel, last, target, stride, 0, tokens)
+    else:
+        rows, row_stride = _rows(task, layer, memory, first)
+        _float_product(layer.float_main, rows, row_stride, memory, panel, last, zeros, target, stride, 0, tokens)
+    if layer.up != 0:
+        up = carray(pointer(layer.up), (1,), MATRIX)[0]
+        thin = carray(pointer(layer.round_thin), (1,), ROUNDING)[0]
+        _product(up, thin, thin.offsets_at, memory, panel, bias, target, stride, 1, tokens)
+    if layer.float_up != 0:
+        rank = carray(pointer(layer.float_up), (1,), FLOAT_MATRIX)[0].columns
+        rows, row_stride = memory + layer.thin_at, (rank + OUTPUTS - 1) // OUTPUTS * OUTPUTS * 4
+        _float_product(layer.float_up, rows, row_stride, memory, panel, bias, zeros, target, stride, 1, tokens)
+
+
+@_compiled
 def _task(task: Any, layer: Any, memory: Any, number: Any) -> None:
     """One block of tokens through one part of the outputs."""
     block, part = number // task.output_parts, number % task.output_parts
     first = block * task.token_block
     tokens = min(task.token_block, task.tokens - first)
     _round_block(task, layer, memory, first, tokens)
-    main = carray(pointer(layer.main), (1,), MATRIX)[0]
-    round_main = carray(pointer(layer.round_main), (1,), ROUNDING)[0]
-    for panel in range(part * main.panels // task.output_parts, (part + 1) * main.panels // task.output_parts):
+    panels = (layer.out + OUTPUTS - 1) // OUTPUTS
+    for panel in range(part * panels // task.output_parts, (part + 1) * panels // task.output_parts):
         direct = task.bfloat16_out == 0 and (panel + 1) * OUTPUTS <= layer.out
         if direct:
             target, stride = task.output + (first * layer.out + panel * OUTPUTS) * 4, layer.out * 4
         else:
             target, stride = memory + layer.tile_at, OUTPUTS * 4
         bias = _panel_bias(task, layer, panel, memory + layer.bias_at)
-        offsets = round_main.offsets_at
-        if layer.up == 0:
-            _product(main, round_main, offsets, memory, panel, bias, target, stride, 0, tokens)
-        else:
-            zeros = _zero_bias(memory + layer.bias_at + OUTPUTS * 4)
-            _product(main, round_main, offsets, memory, panel, zeros, target, stride, 0, tokens)
-            up = carray(pointer(layer.up), (1,), MATRIX)[0]
-            thin = carray(pointer(layer.round_thin), (1,), ROUNDING)[0]
-            _product(up, thin, thin.offsets_at, memory, panel, bias, target, stride, 1, tokens)
+        _outputs(task, layer, memory, first, panel, bias, target, stride, tokens)
         if not direct:
             _write(task, layer, target, panel, first, tokens)
 

@@ -1,8 +1,11 @@
 """A layer made ready for the kernel: its repacked matrices, and the structures that tell the compiled code of them.
 
-`refusal` says which layouts can be made ready: integers of at most 8 bits on both sides of the main product. A branch
-that is not so (16 bits, an unrounded intermediate) runs in torch beside it (`branch` is False). The
-online transforms are fused into the rounding of rows where they are, in this order, at most one smoothing and one
+A product runs in integers where both sides have at most 8 bits, else in float32: a 16-bit branch is decoded once, a
+main weight panel by panel. `refusal` says which layouts can be made ready. Where a main product in float32 takes
+rounded activations, torch rounds them before the kernel (`rounded_before`), and the branch runs in torch beside it, as
+does a branch of which only one side has integers (`branch` is False).
+
+The online transforms are fused into the rounding of rows where they are, in this order, at most one smoothing and one
 Hadamard rotation, whose signs are smoothing by 1 and -1; others run in torch before the kernel (`fused` is False).
 """
 
@@ -22,7 +25,8 @@ from loraq.formats import IntegerFormat
 from loraq.layout import strategy_to_plain
 
 from . import compiled, threads
-from .records import Layer, Matrix, Rounding
+from .float_panels import LARGEST_CHUNK, CodePanels, decodes, dense_panels
+from .records import MEMORY_BEGINS, FloatMatrix, Layer, Matrix, Rounding
 from .repack import Panels, Segments, Weight, weight_group
 from .tile import OUTPUTS, Machine
 
@@ -30,10 +34,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loraq.activation import Activation
+    from loraq.layer import Coded
     from loraq.layout import Layout
 
 _BLOCK_BYTES = 192 * 1024
 """A block's codes should leave room for a panel of weights in a second-level cache."""
+_ROWS_BYTES = 1024 * 1024
+"""The same of a block's rows in float32, where they are kept: they are read once a panel, one after the other."""
 _LARGEST_BLOCK = 128
 _SMOOTHINGS = ("smooth", "smooth_calibrated", "smooth_closed_form")
 """Transforms whose online part is `scales`, which the input is divided by."""
@@ -42,13 +49,22 @@ _LARGEST_INN = 60_000
 
 
 def refusal(layout: Layout) -> str | None:
-    """None where the kernel takes this layout, else why not. Only the main product counts: see `branch_fits`."""
-    return _misfit(layout, "main")
+    """None where the kernel takes this layout, else why not. Only the main product counts: a branch may be torch's."""
+    return None if decodes(layout.main.format) else _misfit(layout, "main")
 
 
-def branch_fits(layout: Layout) -> bool:
-    """Whether the kernel takes the branch, too; else it runs in torch, as a 16-bit branch does."""
-    return layout.rank > 0 and _misfit(layout, "down") is None and _misfit(layout, "up") is None
+def rounded_before(layout: Layout) -> bool:
+    """Whether the main product's activations are rounded in torch, before the kernel."""
+    return _misfit(layout, "main") is not None and layout.activation.format is not None
+
+
+def _branch(layout: Layout) -> str | None:
+    """How the kernel computes the branch: "integer", "float", or None where torch has to, or there is none."""
+    if not layout.rank or rounded_before(layout):
+        return None
+    if layout.branch_activation.format is None:
+        return "float"
+    return "integer" if _misfit(layout, "down") is None and _misfit(layout, "up") is None else None
 
 
 def _misfit(layout: Layout, matrix: str) -> str | None:
@@ -80,6 +96,7 @@ class Prepared:
     worker: Callable[[int], None]
     fused: bool
     branch: bool
+    rounded_before: bool
     products: int
     panels: int
     token_block: int
@@ -102,34 +119,48 @@ class _Maker:
         self.machine = machine
         self.kept: list[Any] = []
         self.bytes = 0
-        self.memory = 128  # begins with the arguments of a product, see layer.py
+        self.memory = MEMORY_BEGINS
         self.token_block = 4
 
     def made(self) -> Prepared:
-        layout, branch = self.layout, branch_fits(self.layout)
+        layout, branch = self.layout, _branch(self.layout)
+        integer_main = _misfit(layout, "main") is None
         cuts, panels = {}, {}
         for name, storage, rows, columns in layout.matrices():
-            if name == "main" or branch:
+            if integer_main if name == "main" else branch == "integer":
                 weight = Weight.of(layout, name, storage, rows, columns, self.tensors)
                 cuts[name] = Segments.of(columns, self._activation(name).group_for(columns), weight.group)
                 panels[name] = Panels.of(weight, cuts[name])
-        shared = branch and layout.activation == layout.branch_activation and cuts["main"].alike(cuts["down"])
+        same = layout.activation == layout.branch_activation
+        shared = integer_main and branch == "integer" and same and cuts["main"].alike(cuts["down"])
+        keeps_rows = not integer_main or branch == "float"
         codes = sum(cut.count * cut.slot for name, cut in cuts.items() if not (shared and name == "down"))
-        self.token_block = min(_LARGEST_BLOCK, max(16, _BLOCK_BYTES // codes // 8 * 8))
+        self.token_block = min(_LARGEST_BLOCK, max(16, _BLOCK_BYTES // max(codes, 1) // 8 * 8))
+        if keeps_rows:
+            self.token_block = min(_LARGEST_BLOCK, max(16, _ROWS_BYTES // (4 * layout.inn) // 8 * 8))
         record = Layer(inn=layout.inn, out=layout.out, block=1)
-        record.main = self._matrix(panels["main"], cuts["main"])
-        second = panels["down"] if shared else panels["main"]
-        record.round_main = self._rounding("main", cuts["main"], panels["main"], second)
-        if branch:
+        if integer_main:
+            record.main = self._matrix(panels["main"], cuts["main"])
+            second = panels["down"] if shared else panels["main"]
+            record.round_main = self._rounding("main", cuts["main"], panels["main"], second)
+        else:
+            record.float_main = self._decoded(layout.coded("main", self.tensors))
+        if branch == "float":
+            record.float_down = self._dense(layout.coded("down", self.tensors).decode())
+            record.float_up = self._dense(layout.coded("up", self.tensors).decode())
+        if branch == "integer":
             record.down, record.up = self._matrix(panels["down"], cuts["down"]), self._matrix(panels["up"], cuts["up"])
             record.round_down = record.round_main
             if not shared:
                 record.round_down = self._rounding("down", cuts["down"], panels["down"], panels["down"])
             record.round_thin = self._rounding("up", cuts["up"], panels["up"], panels["up"])
         # A branch in torch needs the transformed input there.
-        fused = (branch or not layout.rank) and self._transforms(record)
-        record.row_at = self._place(4 * (layout.inn + 16))
-        record.part_at = self._place(4 * max(cut.slot for cut in cuts.values()) + 4 * max(layout.inn, layout.rank) + 64)
+        in_torch = rounded_before(layout) or (layout.rank and branch is None)
+        fused = not in_torch and self._transforms(record)
+        record.row_stride = 4 * layout.inn if keeps_rows else 0
+        record.row_at = self._place(4 * (layout.inn * (self.token_block if keeps_rows else 1) + 16))
+        longest = max((cut.slot for cut in cuts.values()), default=0)
+        record.part_at = self._place(4 * longest + 4 * max(layout.inn, layout.rank) + 64)
         record.limits_at = self._place(4 * max(layout.inn, layout.rank))
         record.thin_at = self._place(4 * self.token_block * (layout.rank + OUTPUTS))
         record.tile_at = self._place(4 * self.token_block * OUTPUTS)
@@ -141,9 +172,10 @@ class _Maker:
             run=compiled.run(),
             worker=threads.worker(compiled.run()),
             fused=fused,
-            branch=branch,
+            rounded_before=rounded_before(layout),
+            branch=branch is not None,
             products=layout.inn * layout.out + layout.rank * (layout.inn + layout.out),
-            panels=len(panels["main"].codes),
+            panels=-(-layout.out // OUTPUTS),
             token_block=self.token_block,
             memory_bytes=self.memory,
             bytes=self.bytes,
@@ -178,6 +210,36 @@ class _Maker:
             panel_bytes=panels.codes.shape[1],
             segments=cut.count,
             slot=cut.slot,
+        )
+        self.kept.append(record)
+        return ctypes.addressof(record)
+
+    def _dense(self, weight: Tensor) -> int:
+        """A matrix (rows, columns) that is held in float32."""
+        return self._float_matrix(weights=self._hold(dense_panels(weight).numpy()), shape=(*weight.shape,))
+
+    def _decoded(self, coded: Coded) -> int:
+        """A matrix that is held in codes and decoded panel by panel."""
+        panels = CodePanels.of(coded)
+        chunk = max(LARGEST_CHUNK // panels.group * panels.group, panels.group)
+        return self._float_matrix(
+            shape=coded.shape,
+            decoder=compiled.decoder(self.machine, panels.bits, panels.integers),
+            codes=self._hold(panels.codes.numpy()),
+            panel_bytes=panels.codes[0].numel(),
+            values=self._hold(panels.values.numpy()),
+            scales=self._hold(panels.scales.numpy()),
+            offsets=0 if panels.offsets is None else self._hold(panels.offsets.numpy()),
+            group=panels.group,
+            groups=panels.scales.shape[1],
+            chunk=chunk,
+            panel_at=self._place(4 * OUTPUTS * (chunk + 1)),  # an odd last column is decoded with a neighbour
+        )
+
+    def _float_matrix(self, shape: tuple[int, ...], **fields: int) -> int:
+        product = compiled.float_product(self.machine)
+        record = FloatMatrix(
+            run=compiled.float_run(), product=product, panels=-(-shape[0] // OUTPUTS), columns=shape[1], **fields
         )
         self.kept.append(record)
         return ctypes.addressof(record)

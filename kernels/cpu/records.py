@@ -13,6 +13,11 @@ import numpy
 
 _INT, _FLOAT = ctypes.c_int64, ctypes.c_double
 
+FLOAT_ARGUMENTS_AT = 128
+"""A worker's memory begins with the arguments of a product, and from here on those of float_panel.run."""
+MEMORY_BEGINS = 256
+"""The rest of a worker's memory begins here."""
+
 
 class Matrix(ctypes.Structure):
     """A repacked weight (rows, columns): the compiled product of one panel, and where its panels are."""
@@ -25,6 +30,28 @@ class Matrix(ctypes.Structure):
         ("panel_bytes", _INT),
         ("segments", _INT),
         ("slot", _INT),
+    )
+
+
+class FloatMatrix(ctypes.Structure):
+    """A weight (rows, columns) that is multiplied in float32: panels of it, or of its codes, decoded when needed."""
+
+    _fields_ = (
+        ("run", _INT),  # address of float_panel.run
+        ("product", _INT),  # of the compiled product
+        ("panels", _INT),
+        ("columns", _INT),
+        ("weights", _INT),  # panels of float32; 0 where there are codes
+        ("decoder", _INT),  # the rest is for codes: address of the compiled function
+        ("codes", _INT),
+        ("panel_bytes", _INT),
+        ("values", _INT),
+        ("scales", _INT),
+        ("offsets", _INT),  # 0: none
+        ("group", _INT),
+        ("groups", _INT),
+        ("chunk", _INT),  # columns that are decoded at a time
+        ("panel_at", _INT),  # their place in a worker's memory
     )
 
 
@@ -61,12 +88,16 @@ class Layer(ctypes.Structure):
         ("main", _INT),
         ("down", _INT),
         ("up", _INT),
+        ("float_main", _INT),  # in the place of the three above, for what is multiplied in float32
+        ("float_down", _INT),
+        ("float_up", _INT),
         ("round_main", _INT),
         ("round_down", _INT),  # the same as round_main where both take the same codes
         ("round_thin", _INT),
         ("smoothing", _INT),  # float32 (inn,) to divide by
         ("block", _INT),  # of the Hadamard rotation, 1 for none
-        ("row_at", _INT),  # places in a worker's memory
+        ("row_at", _INT),  # places in a worker's memory: of one transformed row
+        ("row_stride", _INT),  # 0, or the bytes from one row to the next where a block's rows are kept
         ("part_at", _INT),
         ("limits_at", _INT),
         ("thin_at", _INT),
@@ -97,4 +128,6 @@ class Call(ctypes.Structure):
     )
 
 
-MATRIX, ROUNDING, LAYER, CALL = (numpy.dtype(kind) for kind in (Matrix, Rounding, Layer, Call))
+MATRIX, FLOAT_MATRIX, ROUNDING, LAYER, CALL = (
+    numpy.dtype(kind) for kind in (Matrix, FloatMatrix, Rounding, Layer, Call)
+)

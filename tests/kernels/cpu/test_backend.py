@@ -17,7 +17,6 @@ from loraq.kernels.cpu.backend import CpuKernel
 from random_layers import inputs_of, layout_of, same, tensors_of
 
 from loraq import formats, ops, registry
-from loraq.activation import NONE, Activation
 from loraq.layout import Layout, Storage
 from loraq.linear import PackedLinear
 
@@ -37,10 +36,9 @@ class TestRefusal:
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"activation": NONE}, "the input of main is rounded to none"),
             ({"main": Storage(formats.BFLOAT16, 64)}, "the main matrix is bfloat16"),
             ({"main": Storage(formats.named("int8_asymmetric"), 64)}, "the main matrix is int8_asymmetric"),
-            ({"activation": Activation("ternary")}, "the input of main is rounded to ternary"),
+            ({"main": Storage(formats.named("int2_binary"), 64)}, "the main matrix is int2_binary"),
         ],
         ids=str,
     )
@@ -50,7 +48,7 @@ class TestRefusal:
         assert reason in refusal
 
     def test_the_reference_runs_what_is_refused(self, chosen: CpuKernel) -> None:
-        layout = attrs.evolve(layout_of(8, 8, 2), activation=NONE)
+        layout = attrs.evolve(layout_of(8, 8), main=Storage(formats.named("int2_binary"), 64))
         assert module_of(layout)(torch.ones(3, 8)).shape == (3, 8)
 
 

@@ -100,14 +100,6 @@ def test_rounding_is_the_format_s(
     assert same(kernel.linear(input, tensors, None, layout), expected)
 
 
-@pytest.mark.parametrize("branch_activation", ["none", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_16_bit_branch_runs_beside_it(kernel: CpuKernel, branch_activation: str, dtype: torch.dtype) -> None:
-    options = {"branch": "bfloat16", "branch_activation": branch_activation, "transforms": ("hadamard",)}
-    layout = layout_of(70, 192, 9, **options)  # type: ignore[arg-type]
-    agrees(kernel, layout, inputs_of(20, 192).to(dtype), torch.randn(70).to(dtype))
-
-
 def test_input_that_is_not_contiguous(kernel: CpuKernel) -> None:
     layout = layout_of(40, 70)
     agrees(kernel, layout, inputs_of(70, 9).T, None)

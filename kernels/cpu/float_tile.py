@@ -1,0 +1,128 @@
+"""The inner loop of the products that are not in integers: a panel of 32 outputs, float32 on both sides.
+
+For what has no integers: a 16-bit branch, weights of a table format, activations that are not rounded. Micro-tiles of
+tokens share each load of the weights, as in tile.py; sums run along the columns one after the other, fused where the
+processor can (llvm.fmuladd), so they agree with a matrix product of torch's up to the order of its sums.
+
+Axes and layouts (all addresses are integers):
+
+    activations     float32 [token][column], tokens `stride` bytes apart
+    weights         float32 [column][32 outputs]
+    output          float32 [token][32 of the outputs]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from .memory import intrinsic, llvm
+from .tile import OUTPUTS, Machine
+
+_INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+ARGUMENTS = (
+    "activations",
+    "stride",
+    "columns",
+    "weights",
+    "bias",
+    "output",
+    "output_stride",
+    "accumulate",
+    "tokens",
+)
+"""What a panel takes, int64 one after the other in memory. Strides are in bytes, the bias float32; `accumulate` not 0
+adds to what the output holds."""
+
+
+def float_panel(machine: Machine, *sizes: int) -> Any:
+    """The intrinsic of a panel: Numba code calls it with the address of ARGUMENTS. `sizes` as tile.panel has them."""
+
+    def typed(typing_context: Any, arguments: Any) -> Any:
+        del typing_context, arguments
+
+        def generate(context: Any, builder: Any, signature: Any, address: Any) -> Any:
+            del signature
+            values = {}
+            for index, name in enumerate(ARGUMENTS):
+                place = builder.inttoptr(builder.add(address[0], _long(8 * index)), _LONG.as_pointer())
+                values[name] = builder.load(place)
+            start = _long(0)
+            for size in sizes:
+                stop = builder.mul(builder.udiv(values["tokens"], _long(size)), _long(size))
+                with llvm.for_range_slice(builder, start, stop, _long(size), _LONG) as (token, _):
+                    _tile(builder, machine.lanes, size, values, token)
+                start = stop
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    typed.__name__ = f"float_panel_{machine.name}".replace("-", "_")
+    return intrinsic(typed)
+
+
+def _tile(builder: Any, lanes: int, tokens: int, values: dict[str, Any], first: Any) -> None:
+    """The code of `tokens` tokens beginning with `first`: the loop over columns, and the store."""
+    floats, vectors = ir.VectorType(_FLOAT, lanes), OUTPUTS // lanes
+    rows = [
+        builder.add(values["activations"], builder.mul(values["stride"], builder.add(first, _long(token))))
+        for token in range(tokens)
+    ]
+    before = builder.block
+    loop, after = builder.append_basic_block("columns"), builder.append_basic_block("summed")
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    column = builder.phi(_LONG)
+    column.add_incoming(_long(0), before)
+    totals = [[builder.phi(floats) for _ in range(vectors)] for _ in range(tokens)]
+    for total in (each for row in totals for each in row):
+        total.add_incoming(ir.Constant(floats, None), before)
+    panel = builder.add(values["weights"], builder.mul(column, _long(OUTPUTS * 4)))
+    weights = [_load(builder, floats, builder.add(panel, _long(vector * lanes * 4))) for vector in range(vectors)]
+    offset = builder.mul(column, _long(4))
+    sums = []
+    for row, old in zip(rows, totals, strict=True):
+        value = _splat(builder, _load(builder, _FLOAT, builder.add(row, offset)), floats)
+        sums.append([_multiply_add(builder, value, weight, total) for weight, total in zip(weights, old, strict=True)])
+    following = builder.add(column, _long(1))
+    column.add_incoming(following, loop)
+    for total, new in zip((e for row in totals for e in row), (e for row in sums for e in row), strict=True):
+        total.add_incoming(new, loop)
+    builder.cbranch(builder.icmp_signed("<", following, values["columns"]), loop, after)
+
+    builder.position_at_end(after)
+    accumulate = builder.icmp_signed("!=", values["accumulate"], _long(0))
+    for token, row in enumerate(sums):
+        output = builder.add(values["output"], builder.mul(values["output_stride"], builder.add(first, _long(token))))
+        for vector, total in enumerate(row):
+            step = _long(vector * lanes * 4)
+            place = builder.add(output, step)
+            # What is not yet written may be anything, even not a number: chosen, not multiplied away.
+            held = builder.select(accumulate, _load(builder, floats, place), ir.Constant(floats, None))
+            bias = _load(builder, floats, builder.add(values["bias"], step))
+            total = builder.fadd(builder.fadd(held, total), bias)
+            builder.store(total, builder.inttoptr(place, floats.as_pointer()), align=4)
+
+
+def _multiply_add(builder: Any, one: Any, other: Any, total: Any) -> Any:
+    kind = ir.FunctionType(total.type, [total.type] * 3)
+    function = llvm.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{total.type.count}f32")
+    return builder.call(function, [one, other, total])
+
+
+def _load(builder: Any, kind: Any, address: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+
+def _splat(builder: Any, value: Any, kind: Any) -> Any:
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
+    lanes = ir.Constant(ir.VectorType(_INT, kind.count), None)
+    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), lanes)
+
+
+def _long(value: int) -> ir.Constant:
+    return ir.Constant(_LONG, value)

@@ -1,0 +1,151 @@
+"""Whole layers in the emulator against the torch reference, bit for bit: random odd shapes, and each way by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loraq.kernels.cuda import plan
+from loraq.kernels.cuda.backend import CudaKernel
+from loraq.kernels.cuda.emulated import EmulatedDevice
+from random_layers import FUSED, SIGNED, inputs_of, layout_of, layouts, same, tensors_of
+from torch import Tensor
+
+from loraq import ops
+from loraq.layout import Layout
+
+TOKEN_INT8 = {"format": "int8", "group": "token"}
+TOKEN_INT4 = {"format": "int4", "group": "token"}
+
+
+def agrees(
+    layout: Layout,
+    tokens: int = 5,
+    *,
+    dtype: torch.dtype = torch.float32,
+    architecture: str = "90",
+    bias: bool = True,
+    seed: int = 0,
+) -> list[str]:
+    """Check a layer against the reference; the kernels that ran, by name."""
+    device = EmulatedDevice(architecture)
+    kernel = CudaKernel(device)
+    assert kernel.refusal(layout) is None
+    tensors = tensors_of(layout, seed)
+    added = torch.randn(layout.out, generator=torch.Generator().manual_seed(seed)) if bias else None
+    input = inputs_of(tokens, layout.inn, seed).to(dtype)
+    output = kernel.linear(input, tensors, added, layout)
+    assert same(output, ops.reference(input, tensors, added, layout))
+    assert all(device.unwritten(made.keeper) == 0 for made in device.outputs if made.keeper.dtype != torch.uint8)
+    return [type(program).__name__ for program in device.programs]
+
+
+@given(layouts(), st.integers(1, 20), st.booleans(), st.integers(0, 3))
+@settings(max_examples=40)
+def test_any_integer_layer_is_the_reference_s(layout: Layout, tokens: int, bias: bool, seed: int) -> None:
+    if CudaKernel(EmulatedDevice()).refusal(layout) is None:
+        agrees(layout, tokens, bias=bias, seed=seed)
+
+
+@st.composite
+def tensor_core_layouts(draw: st.DrawFn) -> Layout:
+    """Layouts that the tensor-core kernels take."""
+    out, inn = draw(st.integers(1, 150)), draw(st.integers(1, 700))
+    rank = draw(st.one_of(st.just(0), st.integers(1, 130)))
+
+    def activation() -> Any:
+        return {"format": draw(st.sampled_from(["int4", "int6", "int8"])), "group": draw(st.sampled_from([64, "token"]))}
+
+    first = activation()
+    layout = layout_of(
+        out,
+        inn,
+        rank,
+        weight=draw(st.sampled_from(["int2", "int3", "int4", "int6", "int8"])),
+        branch=draw(st.sampled_from(["int4", "int6", "int8"])),
+        activation=first,
+        branch_activation=draw(st.one_of(st.just(first), st.builds(activation))),
+        transforms=draw(st.sampled_from(FUSED)),
+    )
+    assert plan.misfit(layout, "main") is None
+    return layout
+
+
+@given(
+    tensor_core_layouts(),
+    st.integers(1, 40),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(["80", "90"]),
+    st.integers(0, 3),
+)
+@settings(max_examples=20)
+def test_tensor_core_layers_are_the_reference_s(
+    layout: Layout, tokens: int, dtype: torch.dtype, architecture: str, seed: int
+) -> None:
+    agrees(layout, tokens, dtype=dtype, architecture=architecture, seed=seed, bias=seed % 2 == 0)
+
+
+W4A4 = {"activation": "int4", "branch": "int4", "branch_activation": "int8", "transforms": (SIGNED,)}
+"""The shipped recipes' layers."""
+
+
+class TestWays:
+    """Which kernels run what."""
+
+    @pytest.mark.parametrize("architecture", ["86", "90"])
+    def test_the_shipped_recipes(self, architecture: str) -> None:
+        names = agrees(layout_of(96, 384, 100, **W4A4), 20, dtype=torch.bfloat16, architecture=architecture)
+        assert names == ["Quantizer", "Matmul"]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    def test_every_type(self, dtype: torch.dtype) -> None:
+        agrees(layout_of(33, 100, 8), dtype=dtype)
+
+    @pytest.mark.parametrize("tokens", [129, 200])
+    def test_more_tokens_than_a_block(self, tokens: int) -> None:
+        agrees(layout_of(130, 128, 70), tokens)
+
+    def test_a_longer_run_than_the_ring(self) -> None:
+        agrees(layout_of(40, 64 * 9 + 5, 130), 3)
+
+    def test_one_scale_a_token(self) -> None:
+        agrees(layout_of(40, 700, 100, activation=TOKEN_INT8, branch_activation=TOKEN_INT4, transforms=(SIGNED,)), 17)
+
+    @pytest.mark.parametrize("group", [128, 10_000])
+    def test_larger_groups_of_weights(self, group: int) -> None:
+        assert agrees(layout_of(40, 300, 100, group=group)) == ["Quantizer", "Matmul"]
+
+    @pytest.mark.parametrize("weight", ["ternary", "int4_asymmetric", "int4x2", "mxint4", "mxint8"])
+    def test_other_integers_take_the_plain_kernel(self, weight: str) -> None:
+        assert agrees(layout_of(40, 70, 9, weight=weight, group=32, branch="ternary"))[0] == "Plain"
+
+    def test_sixteen_bit_codes(self) -> None:
+        assert agrees(layout_of(40, 70, weight="int8_asymmetric")) == ["Plain"]
+
+    @pytest.mark.parametrize("branch", ["bfloat16", "nvfp4"])
+    def test_a_branch_without_integers_runs_in_torch(self, branch: str) -> None:
+        assert agrees(layout_of(40, 70, 9, branch=branch, group=16)) == ["Plain"]
+        assert agrees(layout_of(40, 60, 9, branch=branch, group=64)) == ["Quantizer", "Matmul"]
+
+    def test_a_rotation_beyond_128(self) -> None:
+        wide = {"strategy": "hadamard", "largest_block": 256}
+        assert agrees(layout_of(40, 256, 9, transforms=(wide,))) == ["Quantizer", "Matmul"]
+
+    def test_formats_without_integers_are_refused(self) -> None:
+        reason = CudaKernel(EmulatedDevice()).refusal(layout_of(8, 64, weight="nvfp4", group=16))
+        assert reason == "the CUDA kernels multiply integers, and the main matrix is nvfp4"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-38, 1e38])
+def test_extreme_inputs_are_the_reference_s(value: float) -> None:
+    layout = layout_of(40, 128, 9)
+    tensors, input = tensors_of(layout), inputs_of(5, 128)
+    input[2, 70] = value
+    output = CudaKernel(EmulatedDevice()).linear(input, tensors, None, layout)
+    wanted = ops.reference(input, tensors, None, layout)
+    assert torch.equal(output.isfinite(), wanted.isfinite())
+    finite: Tensor = wanted.isfinite()
+    assert torch.equal(output[finite], wanted[finite])
