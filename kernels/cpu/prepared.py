@@ -25,7 +25,7 @@ from loraq.formats import IntegerFormat
 from loraq.layout import strategy_to_plain
 
 from . import compiled, threads
-from .float_panels import LARGEST_CHUNK, CodePanels, decodes, dense_panels
+from .float_repack import LARGEST_CHUNK, CodePanels, decodes, dense_panels
 from .records import MEMORY_BEGINS, FloatMatrix, Layer, Matrix, Rounding
 from .repack import Panels, Segments, Weight, weight_group
 from .tile import OUTPUTS, Machine

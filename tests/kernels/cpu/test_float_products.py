@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraq.kernels.cpu.backend import CpuKernel
-from loraq.kernels.cpu.float_panels import CodePanels, dense_panels
+from loraq.kernels.cpu.float_repack import CodePanels, dense_panels
 from random_layers import TRANSFORMS, inputs_of, layout_of, same, tensors_of
 from torch import Tensor
 
