@@ -28,6 +28,7 @@ from loraq.contracts import AbstractKernel
 from loraq.layer import Coded
 
 from . import compiled, threads
+from .pages import give_back
 from .prepared import Prepared, refusal
 from .records import Call
 
@@ -117,6 +118,7 @@ class CpuKernel(AbstractKernel):
                 return entry.prepared
             states = tuple(_state(tensor) for tensor in tensors.values())
             prepared = Prepared.of(layout, tensors, machine)
+            give_back(tensors.values())
             weakref.finalize(first, _ENTRIES.pop, key, None).atexit = False
             _ENTRIES[key] = _Entry(prepared, tuple(weakref.ref(tensor) for tensor in tensors.values()), states)
         return prepared

@@ -1,0 +1,72 @@
+"""Pages of mapped files are given back, and nothing is ever lost by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from loraq.kernels.cpu.backend import CpuKernel
+from loraq.kernels.cpu.pages import give_back
+from random_layers import inputs_of, layout_of, same, tensors_of
+from safetensors.torch import load_file, save_file
+
+from loraq import ops
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """How many bytes of the mapping that holds `tensor` are in memory, by /proc/self/smaps."""
+    inside, address = False, tensor.data_ptr()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split(maxsplit=1)[0]
+        if "-" in head and not head.endswith(":"):
+            start, end = (int(each, 16) for each in head.split("-"))
+            inside = start <= address < end
+        elif inside and head == "Rss:":
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the tensor lies nowhere")
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of 4 MB and of a few bytes, mapped from a file."""
+    values = torch.arange(1_000_000, dtype=torch.int32)
+    save_file({"large": values, "small": values[:9].clone()}, tmp_path / "file.safetensors")
+    return load_file(tmp_path / "file.safetensors")
+
+
+def test_pages_go_and_come_back(mapped: dict[str, torch.Tensor]) -> None:
+    assert int(mapped["large"].sum(dtype=torch.int64)) == 499_999_500_000
+    before = resident(mapped["large"])
+    assert before >= 4_000_000
+    give_back(mapped.values())
+    if resident(mapped["large"]) == before:
+        pytest.skip("this system does not take the advice")
+    assert resident(mapped["large"]) < before // 4
+    assert torch.equal(mapped["large"], torch.arange(1_000_000, dtype=torch.int32))
+    assert mapped["small"].tolist() == list(range(9))
+
+
+def test_what_was_written_stays(mapped: dict[str, torch.Tensor]) -> None:
+    mapped["large"].mul_(2)
+    give_back(mapped.values())
+    assert torch.equal(mapped["large"], torch.arange(1_000_000, dtype=torch.int32) * 2)
+
+
+def test_other_memory_stays() -> None:
+    values = torch.arange(1_000_000)
+    give_back([values, torch.empty(0)])
+    assert resident(values) >= 8_000_000
+    assert torch.equal(values, torch.arange(1_000_000))
+
+
+def test_a_layer_from_a_file_runs_and_is_saved_as_it_was(tmp_path: Path) -> None:
+    layout = layout_of(640, 640, 64)
+    tensors = tensors_of(layout)
+    save_file(tensors, tmp_path / "layer.safetensors")
+    loaded = load_file(tmp_path / "layer.safetensors")
+    kernel, input = CpuKernel(), inputs_of(20, 640)
+    for _ in range(2):
+        assert same(kernel.linear(input, loaded, None, layout), ops.reference(input, tensors, None, layout))
+    save_file(loaded, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "layer.safetensors").read_bytes()
