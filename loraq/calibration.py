@@ -290,20 +290,24 @@ def _pipeline_files(root: Path) -> list[Path]:
     return [index, *sorted(path for path in below if path.is_file())]
 
 
-def fingerprint(
-    calibration: Calibration, prompts: Prompts, source: Source, known: Mapping[str, str], device: str, threads: int
-) -> dict[str, Any]:
-    """What the statistics depend on. `known` has digests of some of the source's files, by path below its root."""
-    digests = {}
+def pipeline_digests(source: Source, known: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of all files that the source's pipeline is loaded from, by path below its root; `known` has some."""
+    digests = dict(known)  # an adapter's and a single file's among them
     for path in _pipeline_files(source.root):
         name = str(path.relative_to(source.root))
         if name in known:
-            digests[name] = known[name]
             continue
         with path.open("rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def fingerprint(
+    calibration: Calibration, prompts: Prompts, digests: Mapping[str, str], device: str, threads: int
+) -> dict[str, Any]:
+    """What the statistics depend on; `digests` are those of the pipeline's files."""
     return {
-        "model": digests,
+        "model": dict(digests),
         "prompts": prompts.digest,
         "settings": {
             "seed": calibration.seed,

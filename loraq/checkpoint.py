@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -89,14 +89,19 @@ class ShardWriter:
     """Writes tensors to their places in the partial files of one folder. Safe from several threads.
 
     Opening makes the files at their full size (so that a full disk is found at once) or takes up the ones that lie
-    there.
+    there. With `joining` another process has done so. Where several processes write, `shared` sends every write to the
+    disk at once: a network file system may else write whole pages, with what it remembers of a neighbour's bytes.
     """
 
-    def __init__(self, folder: Path, files: tuple[FilePlan, ...]) -> None:
+    def __init__(
+        self, folder: Path, files: tuple[FilePlan, ...], *, shared: bool = False, joining: bool = False
+    ) -> None:
         self._folder = folder
         self._files = files
         self._owner = {tensor: file for file in files for tensor in file.places}
         self._descriptors: dict[str, int] = {}
+        self._flags = os.O_RDWR | (os.O_DSYNC if shared else 0)
+        self._joining = joining
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -110,9 +115,12 @@ class ShardWriter:
 
     def _open(self, file: FilePlan) -> None:
         path = self._partial(file)
+        if self._joining:
+            self._descriptors[file.name] = os.open(path, self._flags)
+            return
         if not path.exists() and (self._folder / file.name).exists():  # killed after `finish`: take it up again
             (self._folder / file.name).rename(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, self._flags | os.O_CREAT, 0o644)
         self._descriptors[file.name] = descriptor
         try:
             os.posix_fallocate(descriptor, 0, file.size)
@@ -135,22 +143,25 @@ class ShardWriter:
         return self._folder / f"{file.name}.partial"
 
     def write(self, tensors: Mapping[str, bytes | memoryview]) -> None:
-        """Put each tensor's bytes at its place, and see them to the disk."""
-        touched = set()
-        for tensor, data in tensors.items():
-            file = self._owner[tensor]
-            start, length = file.places[tensor]
-            view = memoryview(data)
-            if view.nbytes != length:
-                raise CheckpointError(
-                    f"{self._partial(file)}: '{tensor}' has {view.nbytes} bytes, planned were {length}."
-                )
-            written = 0
-            while written < length:
-                written += os.pwrite(self._descriptors[file.name], view[written:], start + written)
-            touched.add(file.name)
-        for name in touched:
+        """Put each tensor's bytes at its place, and see all to the disk."""
+        self.write_each(tensors.items())
+
+    def write_each(self, tensors: Iterable[tuple[str, bytes | memoryview]]) -> None:
+        """As `write`, of tensors that are made one at a time and need not be held together."""
+        for name in {self._put(tensor, data) for tensor, data in tensors}:
             os.fdatasync(self._descriptors[name])
+
+    def _put(self, tensor: str, data: bytes | memoryview) -> str:
+        """Write a tensor at its place. Returns the file's name."""
+        file = self._owner[tensor]
+        start, length = file.places[tensor]
+        view = memoryview(data)
+        if view.nbytes != length:
+            raise CheckpointError(f"{self._partial(file)}: '{tensor}' has {view.nbytes} bytes, planned were {length}.")
+        written = 0
+        while written < length:
+            written += os.pwrite(self._descriptors[file.name], view[written:], start + written)
+        return file.name
 
     def read(self, tensor: str) -> bytes:
         """The bytes at a tensor's place."""

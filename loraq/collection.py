@@ -6,7 +6,7 @@
 What a layer's input is does not depend on which layers are watched, and a statistic is counted up in one order, prompt
 by prompt; so neither `memory` nor who collects which part changes a bit. The token sample's keys come from a generator
 that is seeded by (seed, prompt, layer). After each pass what it found is kept (loraq/statistics_cache.py): a killed
-calibration loses one pass at most.
+calibration loses one pass at most. The processes of a team (loraq/team.py) draw passes from one queue.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import gc
 import inspect
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,12 @@ from loraq.input_statistics import InputStatistics
 from loraq.match import MatchedLayer
 from loraq.pipeline import layer_generator
 from loraq.progress import Progress
+from loraq.source import Source
 from loraq.statistics_cache import Cache, Kind, Layer
+from loraq.team import POLL, Queue, Team
+
+Pass = tuple[int, Mapping[Layer, Sequence[Kind]]]
+"""A part, and what a pass over its prompts collects."""
 
 
 class Collector:
@@ -181,11 +187,11 @@ class Collected:
 class Calibrator:
     """Statistics of a source's layers, collected by running prompts through its pipeline, or taken from the cache.
 
-    `root` is the pipeline's folder, `fingerprint` what the statistics depend on (loraq/calibration.py), `home` the
+    `source` is the pipeline, `fingerprint` what the statistics depend on (loraq/calibration.py), `home` the
     folder below which they are kept, `threads` those of the model on a CPU.
     """
 
-    root: Path
+    source: Source
     calibration: Calibration
     prompts: Prompts
     fingerprint: Mapping[str, Any]
@@ -198,25 +204,51 @@ class Calibrator:
     def _cache(self) -> Cache:
         return Cache(self.home / digest_of(self.fingerprint), self.calibration.parts)
 
-    def collect(self, layers: Iterable[tuple[str, MatchedLayer]], only: int | None = None) -> Collected:
+    def collect(
+        self, layers: Iterable[tuple[str, MatchedLayer]], only: int | None = None, *, team: Team | None = None
+    ) -> Collected:
         """See to it that the statistics of `layers` are in the cache, of all parts or of the part `only`, from 0 on.
 
-        The pipeline is loaded only where some are missing. Raises ModelError for a layer that never ran.
+        The pipeline is loaded only where some are missing. The processes of a team share the passes out and must see
+        one cache. Raises ModelError for a layer that never ran.
         """
+        team = team or Team()
         wanted = inputs_of(layers)
         parts = range(self.calibration.parts) if only is None else [only]
-        work = [(part, lot) for part in parts for lot in self._lots(part, wanted)]
+        work = self._work(wanted, parts, team)
         if work:
-            self._run(work)
+            if team.first:
+                self.cache.drop_leftovers()
+                self._check_room(work)
+            team.see_alike(self.cache.folder, "calibration.cache")
+            self._run(work, team)
             gc.collect()  # the pipeline is in circles
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if only is None:
+        if only is None and team.first:  # which reads all; once is enough
             for layer, kinds in wanted.items():
                 for kind in kinds:
                     refuse_unseen(layer, sum(self.cache.tokens(part, layer, kind) or 0 for part in parts))
         total = len(parts) * sum(sizes_of(wanted, self.calibration.sample).values())
         return Collected(len(wanted), len(work), total, str(self.cache.folder))
+
+    def _work(self, wanted: Mapping[Layer, Iterable[Kind]], parts: Iterable[int], team: Team) -> list[Pass]:
+        """The passes that are missing as the first process finds the cache, the same for all."""
+        layers = list(wanted)
+        places = {layer: place for place, layer in enumerate(layers)}
+        kinds = {_name_of(kind): kind for each in wanted.values() for kind in each}
+
+        def found() -> list[Any]:
+            return [
+                [part, [[places[layer], [_name_of(kind) for kind in missing]] for layer, missing in lot.items()]]
+                for part in parts
+                for lot in self._lots(part, wanted)
+            ]
+
+        return [
+            (part, {layers[place]: [kinds[name] for name in names] for place, names in lot})
+            for part, lot in team.share(found)
+        ]
 
     def _lots(self, part: int, wanted: Mapping[Layer, Iterable[Kind]]) -> list[dict[Layer, list[Kind]]]:
         """What is missing of a part, a pass each."""
@@ -228,22 +260,47 @@ class Calibrator:
         sizes = sizes_of(missing, self.calibration.sample)
         return [{layer: missing[layer] for layer in lot} for lot in passes(sizes, self.calibration.limit)]
 
-    def _run(self, work: Sequence[tuple[int, Mapping[Layer, list[Kind]]]]) -> None:
-        """Load the pipeline and run all passes."""
-        from loraq.samples import check_call, load_pipeline
+    def _run(self, work: Sequence[Pass], team: Team) -> None:
+        """Run all passes, each by the process that draws it; a process that draws one loads the pipeline."""
+        queue = team.queue()
+        sizes = [len(self.prompts.part(part, self.calibration.parts)) for part, _ in work]
+        left = set(range(len(work)))
+        with Progress("calibrating", sum(sizes), shown=team.first) as progress:
 
-        self.cache.drop_leftovers()
-        self._check_room(work)
-        pipeline = load_pipeline(self.root, self.device)
+            def of_others() -> None:
+                for place, _ in queue.posted():
+                    left.remove(place)
+                    progress.advance(sizes[place], "")
+
+            def advance(title: str) -> None:
+                progress.advance(1, title)
+                of_others()
+
+            for place in self._passes(work, queue, advance):
+                left.remove(place)
+            while left:
+                time.sleep(POLL)
+                of_others()
+
+    def _passes(self, work: Sequence[Pass], queue: Queue, advance: Callable[[str], None]) -> Iterator[int]:
+        """Run the passes that fall to this process, and tell of each when it is kept."""
+        place = queue.draw()
+        if place >= len(work):
+            return
+        from loraq.samples import check_call, load_source
+
+        pipeline = load_source(self.source, self.device)
         check_call(pipeline, self.calibration.call, "calibration.call")
-        total = sum(len(self.prompts.part(part, self.calibration.parts)) for part, _ in work)
         outside = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            with Progress("calibrating", total) as progress:
-                for number, (part, wanted) in enumerate(work, start=1):
-                    title = f"pass {number} of {len(work)}, {len(wanted)} layers"
-                    self._pass(pipeline, part, wanted, functools.partial(progress.advance, 1, title))
+            while place < len(work):
+                part, wanted = work[place]
+                title = f"pass {place + 1} of {len(work)}, {len(wanted)} layers"
+                self._pass(pipeline, part, wanted, functools.partial(advance, title))
+                queue.post(place, None)
+                yield place
+                place = queue.draw()
         except torch.OutOfMemoryError as error:
             raise LoraqError(
                 f"calibration.memory: {self.device} ran out of memory beside statistics of {self.calibration.memory}; "
@@ -252,7 +309,9 @@ class Calibrator:
         finally:
             torch.set_num_threads(outside)
 
-    def _pass(self, pipeline: Any, part: int, wanted: Mapping[Layer, list[Kind]], advance: Callable[[], None]) -> None:
+    def _pass(
+        self, pipeline: Any, part: int, wanted: Mapping[Layer, Sequence[Kind]], advance: Callable[[], None]
+    ) -> None:
         """A part's prompts once through the pipeline, and what `wanted` asks for of them into the cache."""
         modules = {layer: getattr(pipeline, layer.component).get_submodule(layer.name) for layer in wanted}
         collector = Collector(modules, wanted, sample=self.calibration.sample, seed=self.calibration.seed)
@@ -297,7 +356,7 @@ class Calibrator:
                     ) from error
             yield
 
-    def _check_room(self, work: Sequence[tuple[int, Mapping[Layer, list[Kind]]]]) -> None:
+    def _check_room(self, work: Sequence[Pass]) -> None:
         """Raise InputError where the disk has no room for what will be collected."""
         needed = sum(sum(sizes_of(wanted, self.calibration.sample).values()) for _, wanted in work)
         try:
@@ -318,6 +377,10 @@ class Calibrator:
         kinds = layer.recipe.statistics
         key = Layer(component, layer.name, layer.inn)
         return InputStatistics({kind: self.cache.read(key, kind, device) for kind in kinds})
+
+
+def _name_of(kind: Kind) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _undecoded(pipeline: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from loraq.activation import NONE
+from loraq.blocks import norm, trim
 from loraq.contracts import (
     AbstractCalibrated,
     AbstractConditional,
@@ -32,7 +34,7 @@ from loraq.contracts import (
     AbstractStatistic,
 )
 from loraq.errors import InputError, LoraqError, ModelError
-from loraq.factors import deviation
+from loraq.factors import deviation, distance
 from loraq.formats import row_local
 from loraq.input_statistics import NOTHING, Gram, InputStatistics, TokenSample
 from loraq.layer import Fit, LayerContext, LayerRecord
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from loraq.adapters import Lora
     from loraq.calibration import Calibration
     from loraq.layout import Layout
     from loraq.recipe import Override
@@ -146,6 +149,8 @@ def _bound(recipe: LayerRecipe) -> _Bound:
     return _Bound(recipe.main, recipe.low_rank, recipe.branch, recipe.packing)
 
 
+_LARGE = 2**20
+"""Weights from which a fit leaves enough behind to clear up."""
 _DEFAULTS = {"low_rank": "none", "branch_quantizer": "none", "packing": "rows"}
 
 
@@ -212,12 +217,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
-def relative_error(weight: Tensor, approximation: Tensor) -> float:
-    """`||weight - approximation|| / ||weight||`, 0 for a weight of zeros."""
-    norm = float(weight.double().norm())
-    return float((weight - approximation).double().norm()) / norm if norm > 0 else 0.0
-
-
 def quantize_layer(
     name: str, weight: Tensor, recipe: LayerRecipe, *, seed: int, statistics: InputStatistics = NOTHING
 ) -> QuantizedLayer:
@@ -238,7 +237,9 @@ def quantize_group(
     started = time.perf_counter()
     first, names = next(iter(weights)), list(weights)
     digests = [hashlib.sha256(tensor_bytes(weight)).hexdigest() for weight in weights.values()]
-    values = torch.cat([_checked(name, weight) for name, weight in weights.items()])
+    checked = [_checked(name, weight) for name, weight in weights.items()]
+    transformed = checked[0] if len(checked) == 1 else torch.cat(checked)
+    del checked  # every matrix of the layer's size counts, here and below
     missing = sorted(kind.__name__ for kind in recipe.statistics if statistics.get(kind) is None)
     if missing:
         raise ModelError(
@@ -246,10 +247,9 @@ def quantize_group(
             "give prompts in [calibration], or a callable to `Pipeline.quantize(..., calibrate=...)`."
         )
     bound = _bound(recipe)
-    layouts = recipe.layouts([len(weight) for weight in weights.values()], values.shape[1])
+    layouts = recipe.layouts([len(weight) for weight in weights.values()], transformed.shape[1])
     with torch.no_grad():
-        transformed = values
-        context = LayerContext(first, layer_generator(seed, first, values.device), statistics)
+        context = LayerContext(first, layer_generator(seed, first, transformed.device), statistics)
         online: dict[str, Tensor] = {}
         for index, transform in enumerate(recipe.transforms):
             prepared = transform.prepare(transformed, context)
@@ -259,35 +259,37 @@ def quantize_group(
             context = attrs.evolve(context, statistics=moved)
         for before in recipe.before_fit:
             transformed = before(transformed, context)
-        alone = bound.main.encode(transformed, context).decode()
+        cuts = list(itertools.accumulate((layout.out for layout in layouts), initial=0))
+        rows = [slice(*each) for each in itertools.pairwise(cuts)]
+        before_branch = _errors(transformed, Fit(bound.main.encode(transformed, context)), rows, context)
         fit = bound.low_rank.fit(transformed, bound.main, bound.branch, layouts[0].rank, context)
         for after in recipe.after_fit:
             fit = after(fit, transformed, context)
-        _check_fit(first, fit, attrs.evolve(layouts[0], out=len(values)))
-        found = fit.decode()
-        cuts = list(itertools.accumulate((layout.out for layout in layouts), initial=0))
+        _check_fit(first, fit, attrs.evolve(layouts[0], out=len(transformed)))
+        with_branch = _errors(transformed, fit, rows, context)
         tensors = []
-        for layout, start, end in zip(layouts, cuts, cuts[1:], strict=False):
-            parts = online | _parts(fit if len(layouts) == 1 else fit.rows(start, end))
+        for layout, part in zip(layouts, rows, strict=True):
+            parts = online | _parts(fit if len(layouts) == 1 else fit.rows(part.start, part.stop))
             tensors.append({key: tensor.cpu() for key, tensor in layout.pack(parts).items()})
     results = {}
     seconds = time.perf_counter() - started
     for index, (name, layout) in enumerate(zip(names, layouts, strict=True)):
-        rows = slice(cuts[index], cuts[index + 1])
         record = LayerRecord(
             name=name,
             out=layout.out,
             inn=layout.inn,
             rank=layout.rank,
-            error_before=relative_error(transformed[rows], alone[rows]),
-            error_after=relative_error(transformed[rows], found[rows]),
+            error_before=before_branch[index][0],
+            error_after=with_branch[index][0],
             stored_bytes=layout.stored_bytes,
-            seconds=seconds * layout.out / len(values),
+            seconds=seconds * layout.out / len(transformed),
             source_digest=digests[index],
-            output_error_before=_relative_output_error(transformed[rows], alone[rows], context),
-            output_error_after=_relative_output_error(transformed[rows], found[rows], context),
+            output_error_before=before_branch[index][1],
+            output_error_after=with_branch[index][1],
         )
         results[name] = QuantizedLayer(layout, tensors[index], record)
+    if transformed.numel() >= _LARGE:
+        trim()
     return results
 
 
@@ -296,7 +298,7 @@ def _checked(name: str, weight: Tensor) -> Tensor:
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ModelError(f"layer '{name}': its weight is {weight.dtype}, quantized already; give the 16-bit model.")
     values = weight.detach().float()
-    if not bool(torch.isfinite(values).all()):
+    if values.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(values)):  # NaN is both ends
         kind = "NaN" if bool(torch.isnan(values).any()) else "an infinite value"
         raise ModelError(f"layer '{name}': its weight has {kind}; mend the model, or skip the layer with model.skip.")
     return values
@@ -313,12 +315,23 @@ def _parts(fit: Fit) -> dict[str, Tensor]:
     }
 
 
-def _relative_output_error(weight: Tensor, approximation: Tensor, context: LayerContext) -> float | None:
-    """`||x (weight - approximation)ᵀ|| / ||x weightᵀ||` where the input's Gram matrix is known."""
+def _errors(weight: Tensor, fit: Fit, rows: Sequence[slice], context: LayerContext) -> list[tuple[float, float | None]]:
+    """What `fit` leaves of the weight, and of the output where the input is known, relative, for each lot of `rows`."""
+    found = []
+    for part in rows:
+        own = fit if len(rows) == 1 else fit.rows(part.start, part.stop)
+        size = norm(weight[part])
+        share = distance(weight[part], own) / size if size > 0 else 0.0
+        found.append((share, _relative_output_error(weight[part], own, context)))
+    return found
+
+
+def _relative_output_error(weight: Tensor, fit: Fit, context: LayerContext) -> float | None:
+    """`||x (weight - fit)ᵀ|| / ||x weightᵀ||` where the input's Gram matrix is known."""
     if context.statistics.get(Gram) is None:
         return None
-    norm = deviation(weight, context)
-    return deviation(weight - approximation, context) / norm if norm > 0 else 0.0
+    size = deviation(weight, context)
+    return deviation(weight - fit.decode(), context) / size if size > 0 else 0.0
 
 
 def _check_fit(name: str, fit: Fit, layout: Layout) -> None:
@@ -347,6 +360,8 @@ class Pipeline:
     `skip` and `keep` are fnmatch patterns over full dotted names: layers left in 16 bits beside the model family's own,
     and layers quantized although the family would leave them. `threads` is the number of threads of one fit (part of
     the result: sums round differently), `workers` how many fits run at once (not part of it); 0 takes one a core.
+    `device` is one, or several of one model that layers are spread over; "auto" fits each layer of a module where it
+    lies, and those of a folder on all GPUs of the first one's model, or the CPU.
     """
 
     stages: Sequence[AbstractStage] = attrs.field()
@@ -356,7 +371,7 @@ class Pipeline:
     seed: int = attrs.field(default=0, kw_only=True)
     threads: int = attrs.field(default=1, kw_only=True)
     workers: int = attrs.field(default=0, kw_only=True)
-    device: str = attrs.field(default="auto", kw_only=True)
+    device: str | Sequence[str] = attrs.field(default="auto", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         bind(self.stages)
@@ -402,16 +417,24 @@ class Pipeline:
         *,
         component: Sequence[str] = ("transformer",),
         calibration: Calibration | None = None,
+        file: str | Path | None = None,
+        lora: Sequence[Lora] = (),
     ) -> Report:
         """Quantize the pipeline or component in `folder` into `output`, as `loraq run` does. Returns the report.
 
         `calibration` says what runs for strategies that read their layers' inputs: `Calibration(prompts=[...])`.
+        `file` is a single file with the weights, `lora` adapters to merge first: `[loraq.Lora(path=..., weight=0.8)]`.
         """
         from loraq.recipe import ModelSource, Recipe, RunOptions
         from loraq.run import run_recipe
 
         source = ModelSource(
-            folder=str(folder), component=tuple(component), skip=tuple(self.skip), keep=tuple(self.keep)
+            folder=str(folder),
+            file=None if file is None else str(file),
+            lora=tuple(lora),
+            component=tuple(component),
+            skip=tuple(self.skip),
+            keep=tuple(self.keep),
         )
         options = RunOptions(
             output=str(output), seed=self.seed, threads=self.threads, workers=self.workers, device=self.device

@@ -34,16 +34,16 @@ from loraq.allocation import Allocate, AllocatedLayer, Allocation, least_bits, r
 from loraq.collection import Calibrator
 from loraq.errors import CheckpointError, InputError, ModelError
 from loraq.input_statistics import NOTHING, Gram
-from loraq.journal import Journal, work_folder
+from loraq.journal import Journal, open_journal, work_folder
 from loraq.knapsack import select
 from loraq.match import MatchedLayer, grouped
 from loraq.pipeline import layer_generator, quantize_group
 from loraq.plan import Plan, make_plan
 from loraq.progress import Progress
-from loraq.quantize import in_parallel, resolved_workers
 from loraq.recipe import Recipe
 from loraq.source import Component, Source
 from loraq.structure import plain
+from loraq.workers import Workers, in_parallel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,34 +225,36 @@ class Prober:
     """Fits every choice in every layer; `calibrator` gives the layers their statistics, None where nothing is read."""
 
     recipe: Recipe
-    device: torch.device
+    workers: Workers
     calibrator: Calibrator | None
 
     def errors(self, outlook: Outlook, journal: Journal | None = None) -> dict[Key, list[Probed]]:
         """What each choice leaves, by layer; what the journal holds is not done again."""
         jobs, same = _jobs(outlook)
-        done = {} if journal is None else {unit: entry["record"] for unit, entry in journal.entries.items()}
+        entries = {} if journal is None else journal.entries
+        team = self.workers.team
+        done = team.share(lambda: {unit: entry["record"] for unit, entry in entries.items()})
         waiting = [job for job in jobs if job.unit not in done]
         if self.calibrator is not None:
-            self.calibrator.collect([(job.component.name, job.group[0]) for job in waiting])
+            self.calibrator.collect([(job.component.name, job.group[0]) for job in waiting], team=team)
         waiting.sort(key=lambda job: -job.weights)  # the last fits in flight are short, and the workers end together
 
-        def probed(job: _Job) -> dict[str, Any]:
+        def probed(job: _Job, _: None, device: torch.device) -> tuple[dict[str, Any], str]:
             names = {layer.name for layer in job.group}
             others = [each for each in jobs if each.component is job.component and names & each.names]
             known = next((each.group[0] for each in others if Gram in each.group[0].recipe.statistics), None)
-            found, digest = self._probe(job, known)
-            record = {name: attrs.asdict(each) for name, each in found.items()}
+            found, digest = self._probe(job, known, device)
+            return {name: attrs.asdict(each) for name, each in found.items()}, digest
+
+        def kept(job: _Job, found: tuple[dict[str, Any], str]) -> dict[str, Any]:
             if journal is not None:
-                journal.add(job.unit, digest, record)
-            return record
+                journal.add(job.unit, found[1], found[0])
+            return found[0]
 
         total = sum(job.weights for job in jobs)
         begun = total - sum(job.weights for job in waiting)
-        options = self.recipe.run
-        workers = resolved_workers(options.workers, options.threads)
-        with Progress("probing choices", total, done=begun) as progress:
-            for job, record in in_parallel(probed, waiting, workers=workers, threads=options.threads):
+        with Progress("probing choices", total, done=begun, shown=team.first) as progress:
+            for job, record in in_parallel(probed, waiting, workers=self.workers, keep=kept):
                 done[job.unit] = record
                 progress.advance(job.weights, f"{job.group[0].name}, choice {job.choice}")
         by_choice: dict[tuple[int, Key], Probed] = {
@@ -264,28 +266,24 @@ class Prober:
             key: [by_choice[same[choice, key], key] for choice in range(len(outlook.plans))] for key in outlook.layers
         }
 
-    def _probe(self, job: _Job, known_input: MatchedLayer | None) -> tuple[dict[str, Probed], str]:
+    def _probe(self, job: _Job, alike: MatchedLayer | None, device: torch.device) -> tuple[dict[str, Probed], str]:
         """What the job's choice leaves of its layers, and the digest of their weights.
 
-        `known_input` is a layer of the same input whose statistics hold a Gram matrix.
+        `alike` is a layer of the same input whose statistics hold a Gram matrix.
         """
         first = job.group[0]
-        weights = {
-            layer.name: job.component.read(f"{layer.name}.weight").flatten(1).to(self.device) for layer in job.group
-        }
-        known = NOTHING
-        if self.calibrator is not None:
-            known = self.calibrator.statistics(job.component.name, first, self.device)
+        weights = {layer.name: job.component.read(f"{layer.name}.weight").flatten(1).to(device) for layer in job.group}
+        known = NOTHING if self.calibrator is None else self.calibrator.statistics(job.component.name, first, device)
         seed = self.recipe.run.seed
         results = quantize_group(weights, first.recipe, seed=seed, statistics=known)
         gram = None
-        if self.calibrator is not None and known_input is not None:
-            gram = self.calibrator.statistics(job.component.name, known_input, self.device)[Gram].mean
-        tokens = random_tokens(first.inn, gram, layer_generator(seed, f"{job.component.name}:{first.inn}"), self.device)
+        if self.calibrator is not None and alike is not None:
+            gram = self.calibrator.statistics(job.component.name, alike, device)[Gram].mean
+        tokens = random_tokens(first.inn, gram, layer_generator(seed, f"{job.component.name}:{first.inn}"), device)
         shared = {name: tensor for name, tensor in results[first.name].tensors.items() if name.startswith("down.")}
         found = {}
         for name, result in results.items():
-            tensors = {key: tensor.to(self.device) for key, tensor in (shared | dict(result.tensors)).items()}
+            tensors = {key: tensor.to(device) for key, tensor in (shared | dict(result.tensors)).items()}
             wanted = tokens @ weights[name].float().T
             output = ops.reference(tokens, tensors, None, result.layout.whole)
             norm = float(wanted.double().norm()) / math.sqrt(len(tokens))
@@ -418,9 +416,10 @@ def foretold(recipe: Recipe, source: Source) -> tuple[Outlook, Allocation | None
 def allocated(
     recipe: Recipe,
     source: Source,
-    device: torch.device,
+    workers: Workers,
+    digests: Callable[[], Mapping[str, str]],
     *,
-    calibrator_of: Callable[[Recipe, Plan, torch.device, Mapping[str, str], Path], Calibrator | None],
+    calibrator_of: Callable[[Recipe, Plan, Workers, Mapping[str, str], Path], Calibrator | None],
     fingerprint_of: Callable[[Recipe, Plan, torch.device, Mapping[str, str], Calibrator | None], dict[str, Any]],
     output: Path | None = None,
     pattern: str = "*",
@@ -438,18 +437,18 @@ def allocated(
     if recipe.allocate.replay is not None:
         found = checked(outlook, replayed(recipe.allocate.replay), recipe.allocate.replay)
         return resolved(recipe, found), found
-    digests = source.digests()
     reading = next((plan for plan in outlook.probes if plan.calibration is not None), outlook.probes[0])
     if output is None:
         with tempfile.TemporaryDirectory(prefix="loraq-") as uncached:
-            calibrator = calibrator_of(recipe, reading, device, digests, Path(uncached))
-            found = chosen(outlook, Prober(recipe, device, calibrator).errors(outlook), {})
+            calibrator = calibrator_of(recipe, reading, workers, digests(), Path(uncached))
+            found = chosen(outlook, Prober(recipe, workers, calibrator).errors(outlook), {})
         return resolved(recipe, found), found
-    calibrator = calibrator_of(recipe, reading, device, digests, work_folder(output) / "statistics")
-    told = [fingerprint_of(recipe, plan, device, digests, calibrator) for plan in (*outlook.plans, *outlook.probes)]
+    calibrator = calibrator_of(recipe, reading, workers, digests(), work_folder(output) / "statistics")
+    plans = (*outlook.plans, *outlook.probes)
+    told = [fingerprint_of(recipe, plan, workers.device, digests(), calibrator) for plan in plans]
     fingerprint = told[0] | {"versions": {name: version for each in told for name, version in each["versions"].items()}}
     earlier = None if restart else _finished(output, fingerprint)
-    found = earlier or _probed_in(output, outlook, Prober(recipe, device, calibrator), fingerprint, restart=restart)
+    found = earlier or _probed_in(output, outlook, Prober(recipe, workers, calibrator), fingerprint, restart=restart)
     return resolved(recipe, found), found
 
 
@@ -476,17 +475,20 @@ def _probed_in(
     """The allocation, its probes journaled in the output's unfinished folder."""
     home = work_folder(output) / "allocation"
     folder = work_folder(output)
-    if (folder / "journal.jsonl").exists() and not work_folder(home).exists() and not restart:
+    team = prober.workers.team
+    if team.first and (folder / "journal.jsonl").exists() and not work_folder(home).exists() and not restart:
         raise CheckpointError(
             f"{folder} holds an unfinished run with another recipe; run that one to its end, choose another "
             "run.output, or discard it with --restart."
         )
     try:
-        with Journal(home, fingerprint, restart=restart) as journal:
+        with open_journal(home, fingerprint, team, restart=restart) as journal:
             try:
                 return chosen(outlook, prober.errors(outlook, journal), fingerprint)
             except InputError:
-                if not journal.entries:  # the recipe will be mended: leave no run of another fingerprint in its way
+                if (
+                    team.first and not journal.entries
+                ):  # the recipe will be mended: leave no run of another fingerprint in its way
                     shutil.rmtree(journal.folder)
                     with contextlib.suppress(OSError):
                         folder.rmdir()

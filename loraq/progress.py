@@ -11,9 +11,9 @@ from typing import Self
 
 
 class Progress:
-    """`with Progress("quantizing", total) as progress: progress.advance(amount, name)`."""
+    """`with Progress("quantizing", total) as progress: progress.advance(amount, name)`; silent unless `shown`."""
 
-    def __init__(self, title: str, total: int, *, done: int = 0) -> None:
+    def __init__(self, title: str, total: int, *, done: int = 0, shown: bool = True) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -28,7 +28,7 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("left  [dim]{task.fields[layer]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (shown and console.is_terminal),
             transient=True,
         )
         self._task = self._bar.add_task(title, total=total, completed=done, layer="")

@@ -1,7 +1,8 @@
 """loraq.json: where a quantized folder came from, never needed to load it.
 
 The resolved recipe, what the bytes depend on (the fingerprint: recipe, digests of the source, versions, device), the
-report, the machine, and what was allocated.
+report, the machine, what was allocated, and a digest of each unit that was written (a layer, the tensors that were only
+copied, a config): `loraq verify` recomputes them.
 """
 
 from __future__ import annotations
@@ -59,14 +60,20 @@ def record_of(plain: Mapping[str, Any]) -> LayerRecord:
 
 
 def write_provenance(
-    folder: Path, recipe: Recipe, report: Report, fingerprint: Mapping[str, Any], allocation: Allocation | None
+    folder: Path,
+    recipe: Recipe,
+    report: Report,
+    fingerprint: Mapping[str, Any],
+    allocation: Allocation | None,
+    digests: Mapping[str, str],
 ) -> None:
-    """Write `folder`'s loraq.json."""
+    """Write `folder`'s loraq.json. `digests` are those of the units written, "COMPONENT:NAME"."""
     provenance = {
         "format_version": 1,
         "fingerprint": fingerprint,
         "recipe": recipe.to_plain(),
         "report": report.to_plain(),
+        "digests": dict(sorted(digests.items())),
         "machine": {
             "platform": platform.platform(),
             "processor": platform.machine(),

@@ -1,83 +1,28 @@
-"""Quantize a module in memory, and the workers that fit several layers at once.
+"""Quantize a module in memory: its layers are fitted in parallel (loraq/workers.py), and then put in place.
 
-Layers are independent: each is fitted by one worker thread with its own number of torch threads (torch's operations and
-the Numba kernels release the interpreter's lock), and no result depends on how many workers there are or who finishes
-first. The module is changed only after the last layer succeeded.
+Layers are independent, and no result depends on how many workers there are or who finishes first. The module is changed
+only after the last layer succeeded.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from loraq.calibration import bytes_of, passes, reader
 from loraq.collection import collect_in_memory, inputs_of, sizes_of
-from loraq.errors import InputError, ModelError
+from loraq.errors import ModelError
 from loraq.families import family_of
 from loraq.input_statistics import NOTHING, InputStatistics
 from loraq.linear import PackedLinear, link_shared
-from loraq.match import MatchedLayer, grouped, linear_weight, match_layers
+from loraq.match import MatchedLayer, grouped, idle_patterns, linear_weight, match_layers
 from loraq.pipeline import Pipeline, QuantizedLayer, quantize_group
 from loraq.progress import Progress
 from loraq.report import Report, Skipped
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def resolved_device(device: str) -> torch.device:
-    """The torch device that a recipe's `device` means. Raises InputError where it is not to be had."""
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"device '{device}' is not to be had here ({reason}); use 'auto' or 'cpu'.") from None
-    if found.type == "meta":
-        raise InputError("device 'meta' computes nothing; use 'auto' or 'cpu'.")
-    return found
-
-
-def resolved_workers(workers: int, threads: int) -> int:
-    """How many fits run at once: as many as asked, or as many as fill the cores that this process may use."""
-    return workers or max(1, len(os.sched_getaffinity(0)) // threads)
-
-
-def in_parallel(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, threads: int
-) -> Iterator[tuple[Item, Result]]:
-    """(item, function(item)) as they finish, with at most `workers` in flight, each with `threads` torch threads.
-
-    The first error ends it: what is in flight is finished, nothing new is begun.
-    """
-    outside = torch.get_num_threads()
-    waiting = iter(items)
-    running: dict[Future[Result], Item] = {}
-    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
-    try:
-        for item in waiting:
-            running[executor.submit(function, item)] = item
-            if len(running) == workers:
-                break
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                item = running.pop(future)
-                result = future.result()
-                for following in waiting:
-                    running[executor.submit(function, following)] = following
-                    break
-                yield item, result
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(outside)
+from loraq.workers import Workers, in_parallel
 
 
 def quantize_module(
@@ -113,7 +58,11 @@ def quantize_module(
         )
     statistics: dict[str, InputStatistics] = {}
 
-    def fitted(group: list[MatchedLayer]) -> dict[str, QuantizedLayer]:
+    # A model may lie on several devices; where none is named, each group is fitted on the first of its layers' own.
+    own = "cpu" if pipeline.device == "auto" else pipeline.device
+    workers = Workers.of(own, pipeline.workers, pipeline.threads)
+
+    def fitted(group: list[MatchedLayer], _: None, device: torch.device) -> dict[str, QuantizedLayer]:
         weights = {}
         for layer in group:
             weight = linear_weight(module.get_submodule(layer.name))
@@ -121,14 +70,12 @@ def quantize_module(
             if weight.is_meta:
                 raise ModelError(f"layer '{layer.name}' is on the meta device: load the weights before quantizing.")
             weights[layer.name] = weight.detach()
-        first = weights[group[0].name].device  # a model may lie on several devices; a group is fitted on one
-        target = first if pipeline.device == "auto" else resolved_device(pipeline.device)
+        target = weights[group[0].name].device if pipeline.device == "auto" else device
         weights = {name: weight.to(target) for name, weight in weights.items()}
         known = statistics.get(group[0].name, NOTHING).to(target)
         return quantize_group(weights, group[0].recipe, seed=pipeline.seed, statistics=known)
 
     results: dict[str, QuantizedLayer] = {}
-    workers = resolved_workers(pipeline.workers, pipeline.threads)
     with Progress("quantizing", sum(layer.out * layer.inn for layer in matched)) as progress:
         for lot in _lots(matched, sample, bytes_of(memory)):
             if calibrate is not None:  # the module is still what it was: fitted layers are put in place at the end
@@ -136,7 +83,7 @@ def quantize_module(
                 collected = collect_in_memory(module, leaders, calibrate, sample=sample, seed=pipeline.seed)
                 statistics.clear()
                 statistics.update(collected)
-            for group, result in in_parallel(fitted, lot, workers=workers, threads=pipeline.threads):
+            for group, result in in_parallel(fitted, lot, workers=workers):
                 results.update(result)
                 progress.advance(sum(layer.out * layer.inn for layer in group), group[0].name)
     replace_layers(module, matched, results)
@@ -145,6 +92,7 @@ def quantize_module(
     return Report(
         layers=tuple(results[layer.name].record for layer in matched),
         skipped=tuple(Skipped(each.name, each.weights, each.reason) for each in skipped),
+        warnings=idle_patterns(pipeline, [each.name for each in matched] + [each.name for each in skipped]),
     )
 
 

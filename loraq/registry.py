@@ -16,6 +16,7 @@ make a recipe mean different things on different machines.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import re
 from collections.abc import Mapping
 
@@ -64,11 +65,20 @@ def _scan(group: str) -> Mapping[str, tuple[Offer, ...]]:
         distribution = entry_point.distro
         name, version = (distribution.name, distribution.version) if distribution else ("unknown", "?")
         name = re.sub("[-_.]+", "-", name).lower()  # a folder's name has "_" where the distribution's may have "-"
+        version = version or _version_of(name)
         target = f"{entry_point.module_name}:{entry_point.object_name}"
         offer = Offer(group, entry_point.name, target, name, version, entry_point)
         # One distribution may be seen twice (an egg-info folder beside its dist-info): the same offer, not a conflict.
         found.setdefault(entry_point.name, {}).setdefault((name, target), offer)
     return {name: tuple(offers.values()) for name, offers in sorted(found.items())}
+
+
+def _version_of(distribution: str) -> str:
+    """A distribution's version by its metadata: the name of an egg-info folder in a source tree does not say it."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "?"
 
 
 def names(group: str) -> list[str]:

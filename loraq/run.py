@@ -2,20 +2,25 @@
 
 open the source -> choose for each layer, where the recipe allocates -> plan every byte -> journal
 -> calibrate, where a strategy reads statistics
--> layers in parallel, each: read, fit, pack, write, journal line
+-> layers in parallel, each: read, fit, pack, write, journal line (loraq/fitting.py)
 -> rename the shards -> configs and the other components -> loraq.json -> rename the folder -> pictures
+
+Started by torchrun, all processes come here with one recipe (loraq/team.py). The first one makes what is made once, the
+source's digests, the journal, the finished folder; calibration's passes and the layers are shared out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +28,59 @@ import attrs
 import torch
 
 from loraq.allocation import Allocation
-from loraq.calibration import digest_of, open_prompts
+from loraq.calibration import digest_of, open_prompts, pipeline_digests
 from loraq.calibration import fingerprint as calibration_fingerprint
-from loraq.checkpoint import ShardWriter, index_text, sync_tree, write_text
+from loraq.checkpoint import index_text, sync_tree, write_text
 from loraq.collection import Calibrator, Collected
 from loraq.errors import CheckpointError, InputError, ModelError
-from loraq.input_statistics import NOTHING
-from loraq.journal import Journal, drop_leftovers, work_folder
+from loraq.fitting import Fitter, Job, jobs_of, largest_first, write_layers
+from loraq.journal import Journal, drop_leftovers, open_journal, work_folder
 from loraq.layer import LayerRecord
-from loraq.match import MatchedLayer, grouped
-from loraq.pipeline import Pipeline, QuantizedLayer, quantize_group, tensor_bytes
-from loraq.plan import ComponentPlan, Plan, make_plan
+from loraq.pipeline import QuantizedLayer
+from loraq.plan import Plan, make_plan
 from loraq.probing import allocated, plans_of
 from loraq.progress import Progress
 from loraq.provenance import PROVENANCE, record_of, report_of, versions, write_provenance
-from loraq.quantize import in_parallel, resolved_device, resolved_workers
 from loraq.recipe import Recipe
 from loraq.report import Report
 from loraq.source import WEIGHTS_NAME, Source, open_source
 from loraq.statistics_cache import cache_folder
+from loraq.team import Team, join
+from loraq.workers import Workers, in_parallel, name_of, resolved_devices
 
 PICTURES = "samples.png"
-_KEPT = "(kept)"
-"""The journal's unit of the tensors that are only copied; no layer is called so."""
 
 
-def run_recipe(recipe: Recipe, *, restart: bool = False) -> Report:
+def run_recipe(recipe: Recipe, *, restart: bool = False, team: Team | None = None) -> Report:
     """Quantize what the recipe names into its output folder. Returns the report; raises InputError in a sentence.
 
     A finished output of the same fingerprint is left as it is; an unfinished one is continued; one of another recipe is
-    refused unless `restart` replaces it.
+    refused unless `restart` replaces it. Where torchrun started several processes, all must call this: they do it
+    together, in `team` or, without one, in the team that the environment names.
     """
+    with join() if team is None else contextlib.nullcontext(team) as together:
+        report = _run(recipe, together, restart=restart)
+        return report if together.alone else report_of({"report": together.share(report.to_plain)})
+
+
+def _run(recipe: Recipe, team: Team, *, restart: bool) -> Report:
+    """See `run_recipe`; but for the first process's, the report may be without pictures."""
     started = time.perf_counter()
     source = open_source(recipe.model)
-    device = resolved_device(recipe.run.device)
+    workers = _workers(recipe, team)
     output = _checked_output(Path(recipe.run.output), source)
+    team.see_alike(output.parent, "run.output")
+    _refuse_difference(team, _told_source(recipe, source))
+    digests = functools.cache(lambda: team.share(source.digests))
     recipe, allocation = allocated(
-        recipe, source, device, calibrator_of=_calibrator, fingerprint_of=_fingerprint, output=output, restart=restart
+        recipe,
+        source,
+        workers,
+        digests,
+        calibrator_of=_calibrator,
+        fingerprint_of=_fingerprint,
+        output=output,
+        restart=restart,
     )
     pipeline = recipe.pipeline()
     plan = make_plan(source, pipeline, recipe.calibration)
@@ -67,27 +88,59 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> Report:
         raise ModelError(
             f"{source.root}: no layer is left to quantize; look at model.skip, model.component and `plan`."
         )
-    digests = source.digests()
-    calibrator = _calibrator(recipe, plan, device, digests, work_folder(output) / "statistics")
-    fingerprint = _fingerprint(recipe, plan, device, digests, calibrator)
-    finished = None if restart else _finished(output, plan, fingerprint)
-    if finished is not None:
+    calibrator = _calibrator(recipe, plan, workers, digests(), work_folder(output) / "statistics")
+    fingerprint = _fingerprint(recipe, plan, workers.device, digests(), calibrator)
+    _refuse_difference(team, fingerprint)
+    finished = None if restart or not team.first else _finished(output, plan, fingerprint)
+    if team.share(lambda: finished is not None):
+        if finished is None:
+            return Report(layers=(), already_done=True)
         drop_leftovers(output)
         report = attrs.evolve(finished, output=recipe.run.output, already_done=True)
     else:
         try:
-            with Journal(output, fingerprint, restart=restart) as journal:
-                _check_room(plan, journal)
-                records = _write_components(plan, pipeline, journal, device, calibrator)
-                report = _report(plan, records, recipe.run.output, time.perf_counter() - started)
-                _write_rest(plan, recipe, report, fingerprint, journal, allocation)
-                journal.finish(output)
+            with open_journal(output, fingerprint, team, restart=restart) as journal:
+                if team.first:
+                    _check_room(plan, journal)
+                written = write_layers(plan, Fitter(pipeline.seed, calibrator), journal, workers)
+                report = _report(plan, written, recipe.run.output, time.perf_counter() - started)
+                if team.first:
+                    _write_rest(plan, recipe, report, fingerprint, journal, allocation, written)
+                    team.meet()  # the others have closed their journals
+                    journal.finish(output)
+            if not team.first:
+                team.meet()
         except OSError as error:
             raise CheckpointError(
                 f"run.output: {work_folder(output)} cannot be written ({_reason(error)}); mend that, and the same "
                 "command continues."
             ) from error
-    return _with_pictures(report, recipe, source, output)
+    return _with_pictures(report, recipe, source, output) if team.first else report
+
+
+def _workers(recipe: Recipe, team: Team | None = None) -> Workers:
+    return Workers.of(recipe.run.device, recipe.run.workers, recipe.run.threads, team)
+
+
+def _told_source(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """What can be known of a run without reading a weight, to compare between processes."""
+    sizes: dict[str, Any] = {}
+    for component in source.components:
+        config = component.folder / "config.json"
+        sizes[source.label(config)] = hashlib.sha256(config.read_bytes()).hexdigest()
+        sizes |= {source.label(path): path.stat().st_size for path in component.files}
+    return {"recipe": recipe.digest, "model": sizes}
+
+
+def _refuse_difference(team: Team, told: Mapping[str, Any]) -> None:
+    """Raise InputError where this process was told something else than the first one."""
+    first, here = team.share(lambda: told), json.loads(json.dumps(told))
+    other = [key for key in sorted({*first, *here}) if first.get(key) != here.get(key)]
+    if other:
+        raise InputError(
+            f"its {' and '.join(other)} differ from the first process's; give all processes the same recipe, model, "
+            "versions and kind of device."
+        )
 
 
 def _reason(error: OSError) -> str:
@@ -109,11 +162,18 @@ def _check_room(plan: Plan, journal: Journal) -> None:
         )
 
 
-def calibrate_recipe(recipe: Recipe, part: int | None = None) -> Collected | None:
+def calibrate_recipe(recipe: Recipe, part: int | None = None, *, team: Team | None = None) -> Collected | None:
     """Collect what the recipe's strategies read, of all parts or of one (counted from 0), into the cache.
 
-    Returns what was done, None for a recipe that needs no data. Raises InputError where there is no such part.
+    Returns what was done, None for a recipe that needs no data. Raises InputError where there is no such part. The
+    processes that torchrun started share the passes out, as in `run_recipe`.
     """
+    with join() if team is None else contextlib.nullcontext(team) as together:
+        return _calibrate(recipe, part, together)
+
+
+def _calibrate(recipe: Recipe, part: int | None, team: Team) -> Collected | None:
+    """See `calibrate_recipe`."""
     source = open_source(recipe.model)
     plans = plans_of(recipe, source)
     reading = next((plan for plan in plans if plan.calibration is not None), None)
@@ -123,26 +183,29 @@ def calibrate_recipe(recipe: Recipe, part: int | None = None) -> Collected | Non
         raise InputError("calibration.cache: is false, so nothing would be kept; name a folder, or leave it out.")
     if part is not None and not 0 <= part < recipe.calibration.parts:
         raise InputError(f"--part {part + 1}: calibration.parts is {recipe.calibration.parts}; there is no such part.")
-    device = resolved_device(recipe.run.device)
-    calibrator = _calibrator(recipe, reading, device, source.digests(), Path())
+    _refuse_difference(team, _told_source(recipe, source))
+    calibrator = _calibrator(recipe, reading, _workers(recipe, team), team.share(source.digests), Path())
     assert calibrator is not None, "the plan says that there is something to collect"
-    return calibrator.collect([each for plan in plans for each in plan.named_layers], part)
+    _refuse_difference(team, _told_calibration(calibrator))
+    return calibrator.collect([each for plan in plans for each in plan.named_layers], part, team=team)
 
 
 def _calibrator(
-    recipe: Recipe, plan: Plan, device: torch.device, digests: Mapping[str, str], uncached: Path
+    recipe: Recipe, plan: Plan, workers: Workers, digests: Mapping[str, str], uncached: Path
 ) -> Calibrator | None:
     """What gives the layers their statistics, kept in `uncached` where there is no cache; None for data-free plans."""
     calibration = recipe.calibration
     if calibration is None or plan.calibration is None:
         return None
+    device = workers.device
     prompts = open_prompts(calibration)
     threads = 0 if device.type == "cuda" else calibration.threads or len(os.sched_getaffinity(0))
+    every = workers.team.share(lambda: pipeline_digests(plan.source, digests))
     return Calibrator(
-        root=plan.source.root,
+        source=plan.source,
         calibration=calibration,
         prompts=prompts,
-        fingerprint=calibration_fingerprint(calibration, prompts, plan.source, digests, _name_of(device), threads),
+        fingerprint=calibration_fingerprint(calibration, prompts, every, name_of(device), threads),
         device=device,
         threads=threads or torch.get_num_threads(),
         home=uncached if calibration.cache is False else cache_folder(calibration),
@@ -153,67 +216,41 @@ def try_layers(recipe: Recipe, pattern: str) -> Report:
     """Quantize the layers whose names match `pattern` and write nothing: the report is all."""
     started = time.perf_counter()
     source = open_source(recipe.model)
-    device = resolved_device(recipe.run.device)
+    workers = _workers(recipe)
+    digests = functools.cache(source.digests)
     recipe, _ = allocated(
-        recipe, source, device, calibrator_of=_calibrator, fingerprint_of=_fingerprint, pattern=pattern
+        recipe, source, workers, digests, calibrator_of=_calibrator, fingerprint_of=_fingerprint, pattern=pattern
     )
-    pipeline = recipe.pipeline()
-    plan = make_plan(source, pipeline, recipe.calibration)
+    plan = make_plan(source, recipe.pipeline(), recipe.calibration)
     chosen = [  # a group whole, if one of its layers is meant
-        (component, group)
-        for component in plan.components
-        for group in grouped(component.layers)
-        if any(fnmatch.fnmatchcase(layer.name, pattern) for layer in group)
+        job for job in jobs_of(plan) if any(fnmatch.fnmatchcase(layer.name, pattern) for layer in job.group)
     ]
     if not chosen:
         first = next(iter(plan.layers), None)
         raise ModelError(f"--only {pattern}: no layer matches; the first layer is '{first.name if first else ''}'.")
-    records: dict[tuple[str, str], LayerRecord] = {}
-    workers = resolved_workers(pipeline.workers, pipeline.threads)
     with tempfile.TemporaryDirectory(prefix="loraq-") as uncached:
-        asked = any(group[0].recipe.statistics for _, group in chosen)
-        digests = source.digests() if asked else {}
-        calibrator = _calibrator(recipe, plan, device, digests, Path(uncached)) if asked else None
-        if calibrator is not None:
-            calibrator.collect([(component.component.name, group[0]) for component, group in chosen])
-        with Progress("quantizing", sum(_weights(group) for _, group in chosen)) as progress:
-            fits = in_parallel(
-                lambda item: _fit(item[0], item[1], pipeline, device, calibrator),
-                chosen,
-                workers=workers,
-                threads=pipeline.threads,
-            )
-            for (component, group), results in fits:
-                for name, result in results.items():
-                    records[component.component.name, name] = result.record
-                progress.advance(_weights(group), group[0].name)
-    ordered = tuple(
-        records[component.component.name, layer.name]
-        for component in plan.components
-        for layer in component.layers
-        if (component.component.name, layer.name) in records
-    )
-    return Report(layers=ordered, seconds=time.perf_counter() - started)
+        asked = any(job.group[0].recipe.statistics for job in chosen)
+        calibrator = _calibrator(recipe, plan, workers, digests(), Path(uncached)) if asked else None
+        records = _tried(chosen, Fitter(recipe.run.seed, calibrator), workers)
+    ordered = tuple(records[name, layer.name] for name, layer in plan.named_layers if (name, layer.name) in records)
+    return Report(layers=ordered, seconds=time.perf_counter() - started, warnings=plan.warnings)
 
 
-def _weights(group: Sequence[MatchedLayer]) -> int:
-    """How many weights the layers have."""
-    return sum(layer.out * layer.inn for layer in group)
+def _tried(jobs: list[Job], fitter: Fitter, workers: Workers) -> dict[tuple[str, str], LayerRecord]:
+    """The records of the jobs' layers, by component and name."""
 
+    def recorded(job: Job, results: Mapping[str, QuantizedLayer]) -> dict[tuple[str, str], LayerRecord]:
+        return {(job.component.component.name, name): result.record for name, result in results.items()}
 
-def _fit(
-    component: ComponentPlan,
-    group: Sequence[MatchedLayer],
-    pipeline: Pipeline,
-    device: torch.device,
-    calibrator: Calibrator | None,
-) -> dict[str, QuantizedLayer]:
-    weights = {
-        layer.name: component.component.read(component.weight_name(layer)).flatten(1).to(device) for layer in group
-    }
-    first = group[0]
-    known = NOTHING if calibrator is None else calibrator.statistics(component.component.name, first, device)
-    return quantize_group(weights, first.recipe, seed=pipeline.seed, statistics=known)
+    fitter.collect(jobs, workers.team)
+    records: dict[tuple[str, str], LayerRecord] = {}
+    with Progress("quantizing", sum(job.weights for job in jobs)) as progress:
+        for job, found in in_parallel(
+            fitter.fit, largest_first(jobs), workers=workers, read=fitter.read, keep=recorded
+        ):
+            records |= found
+            progress.advance(job.weights, job.name)
+    return records
 
 
 def _checked_output(output: Path, source: Source) -> Path:
@@ -230,10 +267,6 @@ def _checked_output(output: Path, source: Source) -> Path:
     return resolved
 
 
-def _name_of(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
 def _fingerprint(
     recipe: Recipe, plan: Plan, device: torch.device, digests: Mapping[str, str], calibrator: Calibrator | None
 ) -> dict[str, Any]:
@@ -242,7 +275,7 @@ def _fingerprint(
         "recipe": recipe.digest,
         "model": dict(digests),
         "versions": versions(recipe, plan),
-        "device": _name_of(device),
+        "device": name_of(device),
     } | ({} if calibrator is None else {"calibration": _told_calibration(calibrator)})
 
 
@@ -278,116 +311,11 @@ def _finished(output: Path, plan: Plan, fingerprint: Mapping[str, Any]) -> Repor
     return report
 
 
-def _write_components(
-    plan: Plan, pipeline: Pipeline, journal: Journal, device: torch.device, calibrator: Calibrator | None
-) -> dict[str, dict[str, LayerRecord]]:
-    """All components' shards, written or taken up. Returns the layers' records by component and name."""
-    records: dict[str, dict[str, LayerRecord]] = {}
-    workers = resolved_workers(pipeline.workers, pipeline.threads)
-    if calibrator is not None:
-        _calibrate(plan, calibrator, journal)
-    for component in plan.components:
-        name = component.component.name
-        with ShardWriter(journal.result / name, component.files) as writer:
-            found = records.setdefault(name, _taken_up(component, writer, journal))
-            if _unit(component, _KEPT) not in journal.entries:
-                _copy_kept(component, writer, journal)
-            waiting = _waiting(component, found)
-            if calibrator is not None:  # collects nothing but for layers whose bytes were spoilt
-                calibrator.collect([(name, group[0]) for group in waiting])
-            # Largest first: the last fits in flight are short, and the workers end together.
-            waiting.sort(key=lambda group: -_weights(group))
-
-            def finished(
-                group: list[MatchedLayer], component: ComponentPlan = component, writer: ShardWriter = writer
-            ) -> dict[str, LayerRecord]:
-                results = _fit(component, group, pipeline, device, calibrator)
-                for name, result in results.items():
-                    tensors = {f"{name}.{key}": tensor_bytes(tensor) for key, tensor in result.tensors.items()}
-                    writer.write(tensors)
-                    digest = _digest(sorted(tensors.items()))
-                    journal.add(_unit(component, name), digest, attrs.asdict(result.record))
-                return {name: result.record for name, result in results.items()}
-
-            total = _weights(component.layers)
-            done = total - sum(_weights(group) for group in waiting)
-            with Progress(f"quantizing {name}".strip(), total, done=done) as progress:
-                for group, made in in_parallel(finished, waiting, workers=workers, threads=pipeline.threads):
-                    found.update(made)
-                    progress.advance(_weights(group), group[0].name)
-            writer.finish()
-    return records
-
-
-def _waiting(component: ComponentPlan, done: Container[str]) -> list[list[MatchedLayer]]:
-    """The groups that are not whole: of one that was cut off in the middle all layers are fitted again."""
-    return [group for group in grouped(component.layers) if not all(layer.name in done for layer in group)]
-
-
-def _calibrate(plan: Plan, calibrator: Calibrator, journal: Journal) -> None:
-    """Collect what the layers ask for that the journal does not call written, of all components at once."""
-    waiting = []
-    for component in plan.components:
-        name = component.component.name
-        done = {layer.name for layer in component.layers if _unit(component, layer.name) in journal.entries}
-        waiting += [(name, group[0]) for group in _waiting(component, done)]
-    try:
-        calibrator.collect(waiting)
-    except InputError:
-        if not journal.entries:  # the recipe will be mended: leave no run of another fingerprint in its way
-            shutil.rmtree(journal.folder)
-        raise
-
-
-def _unit(component: ComponentPlan, name: str) -> str:
-    return f"{component.component.name}:{name}"
-
-
-def _digest(tensors: Iterable[tuple[str, bytes | memoryview]]) -> str:
-    """The digest of tensors that come one at a time, in order of their names."""
-    digest = hashlib.sha256()
-    for name, data in tensors:
-        digest.update(name.encode())
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def _taken_up(component: ComponentPlan, writer: ShardWriter, journal: Journal) -> dict[str, LayerRecord]:
-    """The layers that the journal calls written and whose bytes are still what they were; the others are forgotten."""
-    records: dict[str, LayerRecord] = {}
-    units = {_KEPT: component.kept}
-    units |= {
-        layer.name: tuple(f"{layer.name}.{stored}" for stored in layer.layout.stored()) for layer in component.layers
-    }
-    for name, tensors in units.items():
-        entry = journal.entries.get(_unit(component, name))
-        if entry is None:
-            continue
-        if _digest((tensor, writer.read(tensor)) for tensor in sorted(tensors)) != entry["digest"]:
-            del journal.entries[_unit(component, name)]
-        elif entry["record"] is not None:
-            records[name] = record_of(entry["record"])
-    return records
-
-
-def _copy_kept(component: ComponentPlan, writer: ShardWriter, journal: Journal) -> None:
-    """The tensors that stay as they are, bit for bit, one at a time."""
-
-    def copied() -> Iterator[tuple[str, memoryview]]:
-        for name in sorted(component.kept):
-            data = tensor_bytes(component.component.read(name))
-            writer.write({name: data})
-            yield name, data
-
-    journal.add(_unit(component, _KEPT), _digest(copied()), None)
-
-
-def _report(plan: Plan, records: Mapping[str, Mapping[str, LayerRecord]], output: str, seconds: float) -> Report:
+def _report(plan: Plan, written: Mapping[str, Mapping[str, Any]], output: str, seconds: float) -> Report:
     return Report(
-        layers=tuple(
-            records[component.component.name][layer.name] for component in plan.components for layer in component.layers
-        ),
+        layers=tuple(record_of(written[f"{name}:{layer.name}"]["record"]) for name, layer in plan.named_layers),
         skipped=tuple(skip for component in plan.components for skip in component.skipped),
+        warnings=plan.warnings,
         output=output,
         source_bytes=plan.source_bytes,
         written_bytes=plan.written_bytes,
@@ -402,6 +330,7 @@ def _write_rest(
     fingerprint: Mapping[str, Any],
     journal: Journal,
     allocation: Allocation | None,
+    written: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Everything but the shards: the components' configs and indices, the rest of the pipeline, loraq.json."""
     quantized = {component.component.name: component for component in plan.components}
@@ -416,7 +345,10 @@ def _write_rest(
             shutil.copytree(entry, journal.result / entry.name, dirs_exist_ok=True)
         else:
             shutil.copy2(entry, journal.result / entry.name)
-    write_provenance(journal.result, recipe, report, fingerprint, allocation)
+    digests = {unit: line["digest"] for unit, line in written.items()}
+    for name, component in quantized.items():
+        digests[f"{name}:config.json"] = hashlib.sha256(component.config_text.encode()).hexdigest()
+    write_provenance(journal.result, recipe, report, fingerprint, allocation, digests)
     sync_tree(journal.result)
 
 
@@ -438,6 +370,6 @@ def _with_pictures(report: Report, recipe: Recipe, source: Source, output: Path)
         from loraq.samples import draw_comparison
 
         partial = path.with_suffix(f".partial{path.suffix}")
-        draw_comparison(source.root, output, recipe.samples, partial, resolved_device(recipe.run.device))
+        draw_comparison(source, output, recipe.samples, partial, resolved_devices(recipe.run.device)[0])
         partial.rename(path)
     return attrs.evolve(report, pictures=str(Path(recipe.run.output) / PICTURES))

@@ -12,8 +12,10 @@ import ast
 import inspect
 import itertools
 import textwrap
+import tomllib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
@@ -23,6 +25,7 @@ from cattrs.gen import make_dict_structure_fn
 
 from loraq import formats
 from loraq.activation import Activation, activation
+from loraq.adapters import Lora, loras
 from loraq.contracts import (
     AbstractFormat,
     AbstractLowRank,
@@ -31,7 +34,7 @@ from loraq.contracts import (
     AbstractQuantizer,
     AbstractStage,
 )
-from loraq.errors import InputError, choices, did_you_mean
+from loraq.errors import InputError, RecipeError, choices, did_you_mean
 
 _WORDS = {
     int: "an integer",
@@ -136,6 +139,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook_func(lambda kind: origin(kind) in (Union, types.UnionType), _one_of)
     converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _strings)
     converter.register_structure_hook_func(lambda kind: kind == dict[str, Any], _table)
+    converter.register_structure_hook_func(lambda kind: kind == tuple[Lora, ...], lambda value, _: loras(value))
 
     def attrs_hook(cls: type) -> Any:
         attrs.resolve_types(cls)
@@ -158,6 +162,20 @@ def _make_converter() -> cattrs.Converter:
 
 
 _converter = _make_converter()
+
+
+def read_toml(path: Path, hint: str) -> dict[str, Any]:
+    """The table in a TOML file. Raises RecipeError in a sentence; `hint` says what would do where there is no file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError([f"{path}: there is no such file; {hint}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path}: cannot be read: {error}"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError([f"{path}: is not TOML: {error}"]) from None
+    except RecursionError:
+        raise RecipeError([f"{path}: is not TOML: it is nested too deeply"]) from None
 
 
 def structure(table: Mapping[str, Any], cls: type, path: str, faults: list[str]) -> Any:

@@ -177,7 +177,7 @@ def test_a_killed_run_probes_nothing_twice_and_ends_with_the_same_bytes(
         file.write('{"unit": "cut off')
     probes.clear()
     with monkeypatch.context() as patched:
-        patched.setattr("loraq.run.quantize_group", killed)  # and once more, while layers are fitted
+        patched.setattr("loraq.fitting.quantize_group", killed)  # and once more, while layers are fitted
         with pytest.raises(KeyboardInterrupt):
             run_recipe(load(recipe))
     assert len(probes) == 3 * 10 - 13

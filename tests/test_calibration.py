@@ -297,9 +297,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     found: list[Path] = []
     load_pipeline = samples.load_pipeline
 
-    def noted(folder: Path, device: torch.device) -> Any:
+    def noted(folder: Path, *arguments: Any) -> Any:
         found.append(folder)
-        return load_pipeline(folder, device)
+        return load_pipeline(folder, *arguments)
 
     monkeypatch.setattr(samples, "load_pipeline", noted)
     return found

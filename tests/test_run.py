@@ -14,7 +14,7 @@ from torch import nn
 
 import models
 from command import done, loraq, process, refused
-from loraq import run as run_module
+from loraq import fitting
 from loraq.errors import CheckpointError, LoraqError, ModelError
 from loraq.journal import Journal, work_folder
 from loraq.linear import PackedLinear
@@ -73,8 +73,8 @@ def test_command_and_python_workers_and_order_give_the_same_bytes(
     results = {"python": by_hand().run(model, tmp_path / "python")}
     results["two"] = run(recipe, f"run.output={tmp_path / 'two'}", "run.workers=2")
     results["one"] = run(recipe, f"run.output={tmp_path / 'one'}", "run.workers=1")
-    in_order = run_module.in_parallel
-    monkeypatch.setattr(run_module, "in_parallel", lambda call, items, **kw: in_order(call, items[::-1], **kw))
+    in_order = fitting.in_parallel
+    monkeypatch.setattr(fitting, "in_parallel", lambda call, items, **kw: in_order(call, items[::-1], **kw))
     results["reversed"] = run(recipe, f"run.output={tmp_path / 'reversed'}")
     for name, report in results.items():
         assert models.tensor_files(tmp_path / name) == expected, name
@@ -340,7 +340,7 @@ def test_a_disk_without_room_is_told_before_the_first_fit(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(run_module, "quantize_group", None)
+    monkeypatch.setattr(fitting, "quantize_group", None)
     with pytest.raises(CheckpointError, match=r"run.output: .* needs [\d,]+ more bytes, but its disk has 1,000; free"):
         run(recipe)
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import click
 
-from loraq.commands.common import json_option, load_recipe, print_json, recipe_arguments
+from loraq.commands.common import joined, json_option, load_recipe, print_json, recipe_arguments
 
 
 @click.command()
@@ -15,13 +15,18 @@ from loraq.commands.common import json_option, load_recipe, print_json, recipe_a
 def calibrate(recipe: str, settings: tuple[str, ...], part: int | None, as_json: bool) -> None:
     """Collect what RECIPE's strategies read of their layers' inputs; `run` does so too, for what is missing.
 
-    With calibration.parts in the recipe, several processes may each collect some parts into one cache folder.
+    With calibration.parts in the recipe, several processes may each collect some parts into one cache folder: those
+    that torchrun started share them out.
     """
-    loaded = load_recipe(recipe, settings)
-    from loraq.report import size
-    from loraq.run import calibrate_recipe
+    with joined() as team:
+        loaded = load_recipe(recipe, settings)
+        from loraq.run import calibrate_recipe
 
-    found = calibrate_recipe(loaded, None if part is None else part - 1)
+        found = calibrate_recipe(loaded, None if part is None else part - 1, team=team)
+    if not team.first:
+        return
+    from loraq.report import size
+
     if as_json:
         print_json(None if found is None else attrs.asdict(found))
     elif found is None:

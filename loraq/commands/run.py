@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import signal
-import sys
-import threading
-
 import click
 
-from loraq.commands.common import INTERRUPTED, json_option, load_recipe, open_console, print_json, recipe_arguments
+from loraq.commands.common import (
+    joined,
+    json_option,
+    load_recipe,
+    open_console,
+    print_json,
+    recipe_arguments,
+    stopping_at_once,
+)
+from loraq.errors import InputError
 
 
 @click.command()
@@ -19,16 +22,22 @@ from loraq.commands.common import INTERRUPTED, json_option, load_recipe, open_co
 @click.option("--only", metavar="PATTERN", help="Try the layers that match, write nothing.")
 @json_option
 def run(recipe: str, settings: tuple[str, ...], restart: bool, only: str | None, as_json: bool) -> None:
-    """Quantize what RECIPE names, or continue where a run was stopped."""
-    loaded = load_recipe(recipe, settings)
-    from loraq.report import size
-    from loraq.run import run_recipe, try_layers
+    """Quantize what RECIPE names, or continue where a run was stopped.
 
-    if threading.current_thread() is threading.main_thread():
-        click.get_current_context().call_on_close(
-            functools.partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, _stop_at_once))
-        )
-    report = run_recipe(loaded, restart=restart) if only is None else try_layers(loaded, only)
+    Several processes do it together: torchrun --nproc-per-node N -m loraq run RECIPE.
+    """
+    with joined() as team:
+        loaded = load_recipe(recipe, settings)
+        from loraq.run import run_recipe, try_layers
+
+        stopping_at_once()
+        if only is not None and not team.alone:
+            raise InputError("--only: tries layers in one process; leave torchrun out.")
+        report = run_recipe(loaded, restart=restart, team=team) if only is None else try_layers(loaded, only)
+    if not team.first:
+        return
+    from loraq.report import size
+
     if as_json:
         print_json(report.to_plain())
         return
@@ -51,13 +60,3 @@ def run(recipe: str, settings: tuple[str, ...], restart: bool, only: str | None,
         console.print(
             f"[bold]{escape(report.pictures)}[/bold]  16-bit beside quantized, same prompts and seeds", highlight=False
         )
-
-
-def _stop_at_once(number: int, frame: object) -> None:
-    """Ctrl-C in a run: end now, not when the fits in flight are done. What is written survives any kind of kill."""
-    del number, frame
-    if sys.stderr.isatty():
-        sys.stderr.write("\x1b[?25h\n")  # the progress bar hid the cursor
-    sys.stderr.write(INTERRUPTED + "\n")
-    sys.stderr.flush()
-    os._exit(1)
