@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from loraq.blocks import norm, row_blocks
 from loraq.contracts import AbstractQuantizer
 from loraq.errors import ModelError
+from loraq.formats import row_local
 from loraq.input_statistics import Gram
 from loraq.layer import Coded, Fit, LayerContext
 
@@ -40,7 +42,7 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     peak = float(values.abs().max()) if values.numel() else 0.0
     if peak == 0:
         return weight.new_zeros(out, rank), weight.new_zeros(rank, inn)
-    values = values / peak  # so that no square underflows
+    values = values / peak if values is weight else values.div_(peak)  # so that no square underflows
     eigenvalues, vectors = torch.linalg.eigh(values.T @ values)
     missing = max(0, rank - inn)
     squares = torch.nn.functional.pad(eigenvalues.flip(0)[:rank].clamp(min=0), (0, missing))
@@ -165,7 +167,23 @@ def best(weight: Tensor, fits: list[Fit], context: LayerContext) -> Fit:
 
 def error(weight: Tensor, fit: Fit, context: LayerContext | None = None) -> float:
     """How far `fit` is from `weight`: of the output where the input's Gram matrix is known, else of the weight."""
+    if context is None or context.statistics.get(Gram) is None:
+        return distance(weight, fit)
     return deviation(weight - fit.decode(), context)
+
+
+def distance(weight: Tensor, fit: Fit) -> float:
+    """`||weight - fit||`, of formats whose rows stand alone without decoding the whole matrix."""
+    if not all(row_local(coded.format) for coded in (fit.main, fit.up) if coded is not None):
+        return norm(weight, fit.decode())
+    down = None if fit.down is None else fit.down.decode()
+    total = 0.0
+    for rows in row_blocks(weight):
+        found = fit.main.rows(rows.start, rows.stop).decode()
+        if down is not None and fit.up is not None:
+            found = found.addmm(fit.up.rows(rows.start, rows.stop).decode(), down)
+        total = math.hypot(total, norm(weight[rows], found))
+    return total
 
 
 def deviation(difference: Tensor, context: LayerContext | None = None) -> float:
@@ -176,7 +194,7 @@ def deviation(difference: Tensor, context: LayerContext | None = None) -> float:
     """
     gram = None if context is None else context.statistics.get(Gram)
     if gram is None:
-        return float(torch.linalg.vector_norm(difference.double()))
+        return norm(difference)
     mean = gram.mean
     peaks = [float(each.abs().max()) if each.numel() else 0.0 for each in (difference, mean)]
     if not min(peaks) > 0:

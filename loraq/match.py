@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import attrs
 from torch import Tensor, nn
 
-from loraq.errors import InputError
+from loraq.errors import InputError, did_you_mean
 from loraq.families import Family
 from loraq.layout import Layout
 from loraq.pipeline import LayerRecipe, Pipeline
@@ -91,6 +91,7 @@ def match_layers(
     skipped: list[SkippedLayer] = []
     defaults = _weight_only(family, pipeline)
     recipes: dict[tuple[bool, ...], LayerRecipe | None] = {}
+    layouts: dict[tuple[tuple[bool, ...], int, int], Layout] = {}
     for name, child, weight in _with_weights(module):
         reason = _reason_to_skip(name, child, weight, pipeline, family)
         if reason is None and weight is not None:
@@ -106,13 +107,30 @@ def match_layers(
                 out, inn = weight.shape
                 convolution = isinstance(child, nn.Conv2d)
                 has_bias = getattr(child, "bias", None) is not None
-                layout = recipe.layout(out, inn)
+                if (key, out, inn) not in layouts:
+                    layouts[key, out, inn] = recipe.layout(out, inn)
+                layout = layouts[key, out, inn]
                 matched.append(MatchedLayer(name, out, inn, convolution, has_bias, recipe, layout))
                 continue
             reason = "[[layers]] says skip"
         own = sum(parameter.numel() for parameter in child.parameters(recurse=False))
         skipped.append(SkippedLayer(name, own, reason or "not a linear layer"))
     return tuple(_sharing(matched, family)), tuple(skipped)
+
+
+def idle_patterns(pipeline: Pipeline, names: Iterable[str]) -> tuple[str, ...]:
+    """A sentence for each pattern of the recipe that matches none of the layers called `names`."""
+    known = frozenset(names)
+    asked = [("model.skip", pattern) for pattern in pipeline.skip] + [
+        ("model.keep", pattern) for pattern in pipeline.keep
+    ]
+    asked += [("[[layers]] match", pattern) for override in pipeline.overrides for pattern in override.match]
+    return tuple(
+        f"{where} has '{pattern}', which matches no layer"
+        + ("" if any(sign in pattern for sign in "*?[") else did_you_mean(pattern, known))
+        for where, pattern in dict.fromkeys(asked)
+        if pattern not in known and not fnmatch.filter(known, pattern)
+    )
 
 
 def _sharing(matched: Sequence[MatchedLayer], family: Family) -> Iterator[MatchedLayer]:

@@ -16,7 +16,7 @@ from loraq.calibration import NEEDED, Calibration, passes, reader, refuse_lone_c
 from loraq.collection import inputs_of, sizes_of
 from loraq.errors import InputError, ModelError, choices
 from loraq.families import family_of
-from loraq.match import MatchedLayer, match_layers
+from loraq.match import MatchedLayer, idle_patterns, match_layers
 from loraq.pipeline import Pipeline
 from loraq.quantize import replace_layers
 from loraq.report import Skipped, size
@@ -82,6 +82,8 @@ class Plan:
     source: Source
     components: tuple[ComponentPlan, ...]
     calibration: CalibrationPlan | None = None
+    warnings: tuple[str, ...] = ()
+    """What the recipe says and nothing comes of, a sentence each."""
 
     @property
     def layers(self) -> Iterable[MatchedLayer]:
@@ -123,6 +125,7 @@ class Plan:
             "packed_bytes": self.packed_bytes,
             "effective_bits": 8 * self.packed_bytes / self.weights if self.weights else 0.0,
             "calibration": None if self.calibration is None else attrs.asdict(self.calibration),
+            "warnings": list(self.warnings),
             "components": [
                 {
                     "name": each.component.name,
@@ -148,7 +151,9 @@ class Plan:
 def make_plan(source: Source, pipeline: Pipeline, calibration: Calibration | None = None) -> Plan:
     """The plan for a source. Raises InputError for whatever does not fit, before any weight is read."""
     components = tuple(_component_plan(component, pipeline) for component in source.components)
-    plan = Plan(source, components)
+    names = [layer.name for component in components for layer in component.layers]
+    names += [skip.name for component in components for skip in component.skipped]
+    plan = Plan(source, components, warnings=idle_patterns(pipeline, names))
     return attrs.evolve(plan, calibration=_calibration_plan(plan, pipeline, calibration))
 
 

@@ -12,24 +12,26 @@ file, TOML path, what was found, what would do. Indices count from 0, as in `sta
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import json
 import os
-import tomllib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import attrs
 
 from loraq import registry
+from loraq.adapters import Lora
 from loraq.allocation import Allocate
 from loraq.calibration import NEEDED, Calibration, reader
 from loraq.contracts import AbstractStage
 from loraq.errors import InputError, LoraqError, RecipeError, did_you_mean
 from loraq.pipeline import Pipeline, bind
 from loraq.settings import laid_over, with_settings
-from loraq.structure import keys_of, plain, structure, unknown_key
+from loraq.structure import keys_of, plain, read_toml, structure, unknown_key
 
 _SECTIONS = ("model", "run", "samples", "calibration", "allocate")
 
@@ -38,6 +40,16 @@ def _path(instance: object, attribute: attrs.Attribute[str], value: str) -> None
     del instance
     if not value or "\0" in value:
         raise ValueError(f"'{attribute.name}' must be a folder's path, got {value!r}")
+
+
+def _some(instance: object, attribute: attrs.Attribute[Any], value: str | tuple[str, ...]) -> None:
+    del instance
+    if value == ():
+        raise ValueError(f"'{attribute.name}' must name a device, such as 'auto', got []")
+
+
+def _devices(value: str | Sequence[str]) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value)
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +62,11 @@ class ModelSource:
     """A hub repository, "owner/name"; fetched unless it is in the local cache."""
     revision: str | None = None
     """The repository's branch, tag or commit."""
+    file: str | None = attrs.field(default=None, validator=attrs.validators.optional(_path))
+    """A single safetensors file with the component's weights, in diffusers' layout or the model's original one, instead
+    of the folder's or repository's own; relative to the recipe."""
+    lora: tuple[Lora, ...] = ()
+    """Adapters to merge into the weights first: ["path", weight], or an array of such; relative to the recipe."""
     component: tuple[str, ...] = ("transformer",)
     """Which of the pipeline's components to quantize; the others are copied."""
     skip: tuple[str, ...] = ()
@@ -59,11 +76,28 @@ class ModelSource:
 
     def __attrs_post_init__(self) -> None:
         if (self.folder is None) == (self.hub is None):
-            raise InputError(f"give either 'folder' or 'hub', got {'neither' if self.folder is None else 'both'}")
+            beside = "" if self.file is None else ", of the model that 'file' goes with: it has the configuration"
+            found = "neither" if self.folder is None else "both"
+            raise InputError(f"give either 'folder' or 'hub'{beside}, got {found}")
         if self.revision is not None and self.hub is None:
             raise InputError("'revision' goes with 'hub', a folder has none; leave it out")
+        if self.file is not None and len(self.component) > 1:
+            raise InputError(f"'file' holds the weights of one component, got {list(self.component)} in 'component'")
         if not self.component or len(set(self.component)) < len(self.component):
             raise InputError(f"'component' must name one or more components, each once, got {list(self.component)}")
+
+    def beside(self, recipe: Path) -> ModelSource:
+        """With its paths made relative to the recipe's file."""
+
+        def placed(path: str) -> str:
+            return str(recipe.parent / os.path.expanduser(path))
+
+        return attrs.evolve(
+            self,
+            folder=None if self.folder is None else placed(self.folder),
+            file=None if self.file is None else placed(self.file),
+            lora=tuple(attrs.evolve(each, path=placed(each.path)) for each in self.lora),
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -74,12 +108,13 @@ class RunOptions:
     """The folder of the result; relative to where the command runs."""
     seed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     """Seeds every layer's randomness, together with the layer's name."""
-    device: str = attrs.field(default="auto")
-    """"auto", "cpu" or "cuda:0"."""
+    device: str | tuple[str, ...] = attrs.field(default="auto", converter=_devices, validator=_some)
+    """"auto" (all GPUs of the first one's model, or the CPU), "cpu", "cuda:0" or an array such as ["cuda:0", "cuda:1"]
+    that layers are spread over."""
     threads: int = attrs.field(default=1, validator=attrs.validators.ge(1))
     """Threads of one fit."""
     workers: int = attrs.field(default=0, validator=attrs.validators.ge(0))
-    """How many layers are fitted at once; 0 takes one a core."""
+    """How many layers are fitted at once by a process; 0 takes one a core, and one a device at least."""
 
 
 @attrs.frozen(kw_only=True)
@@ -98,6 +133,12 @@ class Samples:
             raise InputError("'prompts' is empty; say what to draw, or leave [samples] out")
 
 
+@functools.cache
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], re.Match[str] | None]:
+    """What matches a name that any of the fnmatch patterns matches: allocation asks each layer of every other."""
+    return re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns) or r"(?!)").match
+
+
 @attrs.frozen(kw_only=True)
 class Override:
     """Options for the layers that match: a table of [[layers]]. Later tables win."""
@@ -111,7 +152,7 @@ class Override:
 
     def matches(self, name: str) -> bool:
         """Whether the layer called `name` is meant."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.match)
+        return _matcher(self.match)(name) is not None
 
 
 @attrs.frozen(kw_only=True)
@@ -270,16 +311,7 @@ def _loaded(group: str, name: str, path: str, contract: type, faults: list[str])
 def load(file: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """The recipe in `file`, with `settings` ("low_rank.rank=64") laid over. Raises RecipeError with all faults."""
     path = Path(file)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError([f"{path}: there is no such file; give a recipe's path or a shipped recipe's name"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError([f"{path}: cannot be read: {error}"]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError([f"{path}: is not TOML: {error}"]) from None
-    except RecursionError:
-        raise RecipeError([f"{path}: is not TOML: it is nested too deeply"]) from None
+    table = read_toml(path, "give a recipe's path or a shipped recipe's name")
     return from_table(table, file=path, settings=settings)
 
 
@@ -308,8 +340,7 @@ def from_table(table: Mapping[str, Any], *, file: Path, settings: Sequence[str] 
     if faults:
         raise RecipeError([f"{file}: {fault}" for fault in faults])
     run = attrs.evolve(run, output=os.path.expanduser(run.output))
-    if model.folder is not None:
-        model = attrs.evolve(model, folder=str(file.parent / os.path.expanduser(model.folder)))
+    model = model.beside(file)
     if calibration is not None:
         calibration = calibration.beside(file)
     stage = tuple(each for each in stages if each is not None)

@@ -26,6 +26,10 @@ class Skipped:
     reason: str
 
 
+def _tuple(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
 @attrs.frozen(kw_only=True)
 class Report:
     """What was quantized, how well, and what was not. Errors are relative weight errors (see LayerRecord).
@@ -40,6 +44,8 @@ class Report:
     written_bytes: int = 0
     seconds: float = 0.0
     already_done: bool = False
+    warnings: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
+    """What the recipe says and nothing came of, a sentence each."""
     pictures: str | None = None
 
     @property
@@ -87,6 +93,8 @@ class Report:
         console.print(layer_table(self.layers))
         if self.skipped:
             console.print(skipped_line(self.skipped), style="dim", highlight=False, markup=False)
+        for warning in self.warnings:
+            console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -102,6 +110,13 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `40 s`, `3.5 min`, `2.1 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def skipped_line(skipped: Iterable[Skipped]) -> str:

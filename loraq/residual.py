@@ -21,8 +21,10 @@ import math
 from typing import TYPE_CHECKING
 
 from loraq import formats
+from loraq.blocks import norm, row_blocks
 from loraq.contracts import AbstractPlainRounding, AbstractQuantizer
-from loraq.layer import Coded
+from loraq.factors import distance
+from loraq.layer import Coded, Fit
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +49,11 @@ def product_dtype(device_type: str) -> torch.dtype:
 class ResidualRounding:
     """The rounding error that `main` leaves of `weight` (out, inn) less a product, step after step.
 
-    `weight` may be given in any `unit`: codes are those of `weight * unit`. With `crest` above 0 an error counts the
-    more the nearer it is to half a step of the grid, E (1 - crest + crest (2 E / step)²): those are the weights whose
-    codes are about to flip, and where the branch's own rounding is coarse they alone are worth moving. Only integer
-    formats have one step a group; others are not weighted. `noise` n adds n ||R||² to the loss and n R to the error:
-    what the main product makes of an input whose rounding adds noise of that variance.
+    Products and errors are in units of `unit`, a power of two: R = weight / unit - product. With `crest` above 0 an
+    error counts the more the nearer it is to half a step of the grid, E (1 - crest + crest (2 E / step)²): those are
+    the weights whose codes are about to flip, and where the branch's own rounding is coarse they alone are worth
+    moving. Only integer formats have one step a group; others are not weighted. `noise` n adds n ||R||² to the loss and
+    n R to the error: what the main product makes of an input whose rounding adds noise of that variance.
     """
 
     def __init__(
@@ -74,22 +76,24 @@ class ResidualRounding:
         if plain and isinstance(main.format, formats.IntegerFormat) and weight.device.type == "cpu":
             from loraq.residual_numba import Fused  # compiles, or loads what it compiled before: only where it is used
 
-            self._fused = Fused(weight, main.format, main.group_for(weight.shape[1]))
+            self._fused = Fused(weight, main.format, main.group_for(weight.shape[1]), unit)
 
     def start(self, product: Tensor) -> tuple[float, float]:
         """The root mean squares of R and E for `product` (out, inn), with scales searched anew."""
-        residual = self._weight - product.float()
-        self._guess = self._main.round(residual * self._unit)
-        error = residual - self._guess.decode() / self._unit
+        residual = torch.empty_like(self._weight)
+        for rows in row_blocks(residual):
+            torch.sub(self._weight[rows], product[rows].float(), alpha=self._unit, out=residual[rows])
+        self._guess = self._main.round(residual)
         if self._fused is not None:
             self._fused.scales = (self._guess.scales.float() / self._unit).contiguous()
-        return root_mean_square(residual), root_mean_square(error)
+        size = math.sqrt(max(1, residual.numel())) * self._unit
+        return norm(residual) / size, distance(residual, Fit(self._guess)) / size
 
     def step(self, product: Tensor) -> tuple[Tensor, float]:
         """(E weighted by crest, in the dtype of `product`, and ||E||) for `product` (out, inn), noise included."""
         if self._fused is not None:
             return self._fused.step(product, self.crest, self._noise)
-        residual = self._weight - product.float()
+        residual = self._weight / self._unit - product.float()
         self._guess = self._main.round(residual * self._unit, self._guess)
         error = residual - self._guess.decode() / self._unit
         loss = float(torch.linalg.vector_norm(error))

@@ -104,9 +104,17 @@ def _group(residual: Array, guess: Any, top: Any, crest: Any, noise: Any) -> tup
 
 @_compiled
 def _step_bfloat16(
-    weight: Array, product: Array, scales: Array, group: int, top: Any, crest: Any, noise: Any, errors: Array
+    weight: Array,
+    share: Any,
+    product: Array,
+    scales: Array,
+    group: int,
+    top: Any,
+    crest: Any,
+    noise: Any,
+    errors: Array,
 ) -> float:
-    """The errors of `weight - product`, bfloat16 as uint16; moves `scales`; returns the sum of squares."""
+    """The errors of `weight * share - product`, bfloat16 as uint16; moves `scales`; returns the sum of squares."""
     rows, columns = weight.shape
     buffer = numpy.empty(group, numpy.float32)
     total = 0.0
@@ -118,7 +126,7 @@ def _step_bfloat16(
             part, taken, made = weight[row, first:last], product[row, first:last], errors[row, first:last]
             for column in range(residual.size):
                 bits = numpy.uint32(numpy.uint32(taken[column]) << numpy.uint32(16))
-                residual[column] = part[column] - bits.view(numpy.float32)
+                residual[column] = part[column] * share - bits.view(numpy.float32)
             scales[row, index], least = _group(residual, scales[row, index], top, crest, noise)
             total += least
             for column in range(residual.size):
@@ -128,7 +136,15 @@ def _step_bfloat16(
 
 @_compiled
 def _step_float32(
-    weight: Array, product: Array, scales: Array, group: int, top: Any, crest: Any, noise: Any, errors: Array
+    weight: Array,
+    share: Any,
+    product: Array,
+    scales: Array,
+    group: int,
+    top: Any,
+    crest: Any,
+    noise: Any,
+    errors: Array,
 ) -> float:
     """The same in float32, for processors that do not multiply bfloat16."""
     rows, columns = weight.shape
@@ -139,7 +155,7 @@ def _step_float32(
             last = min(first + group, columns)
             part, taken, residual = weight[row, first:last], product[row, first:last], errors[row, first:last]
             for column in range(residual.size):
-                residual[column] = part[column] - taken[column]
+                residual[column] = part[column] * share - taken[column]
             scales[row, index], least = _group(residual, scales[row, index], top, crest, noise)
             total += least
     return total
@@ -218,10 +234,14 @@ def moved(values: Tensor, direction: Tensor, lengths: Tensor, scales: Tensor, gr
 
 
 class Fused:
-    """The kernel with its weight (out, inn) float32, its output, and the scales that one step hands to the next."""
+    """The kernel with its weight (out, inn) float32, its output, and the scales that one step hands to the next.
 
-    def __init__(self, weight: Tensor, format: IntegerFormat, group: int) -> None:
+    All but the weight is in units of `unit`, a power of two.
+    """
+
+    def __init__(self, weight: Tensor, format: IntegerFormat, group: int, unit: float) -> None:
         self._weight = weight.detach().contiguous().numpy()
+        self._share = numpy.float32(1 / unit)
         self._top = numpy.float32(format.limit)
         self._group = group
         self._errors: Tensor | None = None
@@ -235,6 +255,7 @@ class Fused:
         taken, made = (each.view(torch.uint16) if narrow else each for each in (product, self._errors))
         total = (_step_bfloat16 if narrow else _step_float32)(
             self._weight,
+            self._share,
             taken.numpy(),
             self.scales.numpy(),
             self._group,

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from safetensors import SafetensorError, safe_open
 
+from loraq.adapters import Delta, Lora, Target, digests, merged, opened
 from loraq.errors import InputError, ModelError, choices, did_you_mean
+from loraq.single_file import Piece, pieces_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from loraq.recipe import ModelSource
@@ -70,6 +73,21 @@ class Component:
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorSpec] = attrs.field(repr=False)
     places: Mapping[str, Path] = attrs.field(repr=False)
+    pieces: Mapping[str, Piece] = attrs.field(factory=dict, repr=False)
+    """Tensors that lie in a file under another name, or as a part of another."""
+    deltas: Mapping[str, tuple[Delta, ...]] = attrs.field(factory=dict, repr=False)
+    """What adapters add, by tensor."""
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether the weights are others than those in the component's folder."""
+        return bool(self.deltas) or any(path.parent != self.folder for path in self.files)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held in memory all the while: adapters, and what was converted."""
+        converted = sum(piece.held.nbytes for piece in self.pieces.values() if piece.held is not None)
+        return converted + sum(delta.bytes for deltas in self.deltas.values() for delta in deltas)
 
     @property
     def class_name(self) -> str:
@@ -78,6 +96,12 @@ class Component:
 
     def skeleton(self) -> nn.Module:
         """The model on the meta device. Raises ModelError where the files do not fit it."""
+        model = self.model()
+        self._check_shapes(model)
+        return model
+
+    def model(self) -> nn.Module:
+        """The model that config.json describes, on the meta device. Raises ModelError where there is none."""
         import diffusers
         from accelerate import init_empty_weights
 
@@ -92,8 +116,21 @@ class Component:
             raise ModelError(
                 f"{self.folder / 'config.json'}: {self.class_name} cannot be built from it: {error}."
             ) from error
-        self._check_shapes(model)
         return model
+
+    def loaded(self, dtype: torch.dtype) -> nn.Module:
+        """The whole model with its weights as they are read, in `dtype`; for a component that is `rewritten`."""
+        import torch
+        from accelerate.utils import set_module_tensor_to_device
+
+        model = self.skeleton()
+        precise = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+        for name in model.state_dict():
+            kept = any(part in precise for part in name.split("."))
+            tensor = self.read(name)
+            cast = tensor.dtype if not tensor.is_floating_point() else torch.float32 if kept else dtype
+            set_module_tensor_to_device(model, name, "cpu", value=tensor.to(cast), dtype=cast)
+        return model.eval()
 
     def _check_shapes(self, model: nn.Module) -> None:
         expected = model.state_dict()
@@ -111,8 +148,14 @@ class Component:
                 )
 
     def read(self, name: str) -> Tensor:
-        """One tensor, from its memory-mapped file."""
+        """One tensor, from its memory-mapped file, adapters merged in."""
+        tensor = self._stored(name)
+        return merged(tensor, self.deltas[name]) if name in self.deltas else tensor
+
+    def _stored(self, name: str) -> Tensor:
         try:
+            if name in self.pieces:
+                return self.pieces[name].read()
             with safe_open(self.places[name], framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
                 return tensor
@@ -127,19 +170,38 @@ class Source:
     root: Path
     is_pipeline: bool
     components: tuple[Component, ...]
+    adapters: tuple[Lora, ...] = ()
+
+    def label(self, path: Path) -> str:
+        """What a file of the model is called in fingerprints: its path below the root, or what names it."""
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else "model.file"
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every weight file and config of the components, by path below the root."""
+        """SHA-256 of every weight file and config of the components, by label, and what adapters come to."""
         found: dict[str, str] = {}
         for component in self.components:
             for path in (component.folder / "config.json", *component.files):
                 with path.open("rb") as file:
-                    found[str(path.relative_to(self.root))] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
+                    found[self.label(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found | digests(self.adapters)
 
 
 def open_source(model: ModelSource) -> Source:
     """The model that a recipe names. Raises ModelError in a sentence for anything amiss."""
+    source = _opened(model)
+    if not model.lora:
+        return source
+    targets = [
+        Target(each.name, each.class_name, {name: spec.shape for name, spec in each.tensors.items()})
+        for each in source.components
+    ]
+    deltas = opened(model.lora, targets)
+    components = tuple(attrs.evolve(each, deltas=added) for each, added in zip(source.components, deltas, strict=True))
+    return attrs.evolve(source, components=components, adapters=model.lora)
+
+
+def _opened(model: ModelSource) -> Source:
+    """The model without its adapters."""
     root = Path(model.folder) if model.folder is not None else _fetched(model)
     if not root.is_dir():
         raise ModelError(f"model.folder: there is no folder {root}.")
@@ -147,7 +209,7 @@ def open_source(model: ModelSource) -> Source:
     if not index_path.exists():
         if not (root / "config.json").exists():
             raise ModelError(f"{root} is no diffusers folder: it has neither model_index.json nor config.json.")
-        return Source(root, False, (_component("", root),))
+        return Source(root, False, (_component("", root, file=model.file),))
     index = read_json(index_path)
     parts = {key: value for key, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     names = list(parts)
@@ -162,7 +224,7 @@ def open_source(model: ModelSource) -> Source:
             )
         if not (root / name).is_dir():
             raise ModelError(f"{root}: model_index.json names '{name}', but there is no such folder.")
-        components.append(_component(name, root / name, str(parts[name][0])))
+        components.append(_component(name, root / name, str(parts[name][0]), file=model.file))
     for name in names:
         if not (root / name).is_dir():
             raise ModelError(f"{root}: component '{name}' of model_index.json is missing; the pipeline is incomplete.")
@@ -176,8 +238,11 @@ def _fetched(model: ModelSource) -> Path:
     assert model.hub is not None
     # Beside the folders of components, repositories hold whole models in single files: tens of gigabytes for nothing.
     patterns = ["*.json", "*.model", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+    unread = [f"{model.component[0]}/*.safetensors"] if model.file is not None else None
     try:
-        return Path(snapshot_download(model.hub, revision=model.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(model.hub, revision=model.revision, allow_patterns=patterns, ignore_patterns=unread)
+        )
     except Exception as error:  # the hub client raises a dozen kinds: no network, no such repository, no permission
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"model.hub: '{model.hub}' cannot be fetched ({type(error).__name__}: {reason}).") from error
@@ -194,7 +259,7 @@ def read_json(path: Path, kind: type[InputError] = ModelError) -> dict[str, Any]
     return found
 
 
-def _component(name: str, folder: Path, library: str = "diffusers") -> Component:
+def _component(name: str, folder: Path, library: str = "diffusers", *, file: str | None = None) -> Component:
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: there is no config.json.")
     config = read_json(folder / "config.json")
@@ -207,6 +272,8 @@ def _component(name: str, folder: Path, library: str = "diffusers") -> Component
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder}: it is quantized already (by {method}); give the 16-bit model.")
+    if file is not None:
+        return _from_file(name, folder, config, Path(file))
     tensors: dict[str, TensorSpec] = {}
     places: dict[str, Path] = {}
     files = _weight_files(folder)
@@ -216,6 +283,19 @@ def _component(name: str, folder: Path, library: str = "diffusers") -> Component
                 raise ModelError(f"{path}: '{tensor}' is in {places[tensor].name} too.")
             tensors[tensor], places[tensor] = spec, path
     return Component(name, folder, config, files, tensors, places)
+
+
+def _from_file(name: str, folder: Path, config: Mapping[str, Any], path: Path) -> Component:
+    """The component of `folder` with the weights in the file at `path`."""
+    if not path.is_file():
+        raise ModelError(f"model.file: there is no file {path}.")
+    if path.suffix != ".safetensors":
+        raise ModelError(f"model.file: {path} is no safetensors file, and no other is read; convert it.")
+    empty = Component(name, folder, config, (path,), {}, {})
+    pieces = pieces_of(path, empty.class_name, config, set(empty.model().state_dict()))
+    told = {torch_name: dtype for dtype, (torch_name, _) in DTYPES.items()}
+    tensors = {tensor: TensorSpec(told[piece.dtype], piece.shape) for tensor, piece in pieces.items()}
+    return attrs.evolve(empty, tensors=tensors, places=dict.fromkeys(pieces, path), pieces=pieces)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

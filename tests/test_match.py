@@ -12,7 +12,7 @@ from torch import nn
 
 from loraq.errors import ModelError
 from loraq.families import ANY_MODULE, FAMILIES, family_of
-from loraq.match import MatchedLayer, SkippedLayer, match_layers
+from loraq.match import MatchedLayer, SkippedLayer, idle_patterns, match_layers
 from loraq.pipeline import Pipeline, make_stage
 from loraq.recipe import Override
 
@@ -323,3 +323,20 @@ def test_a_transformer_encoder_layer_still_runs_once_what_can_be_is_quantized() 
     assert any("read by something else" in each.reason for each in report.skipped)
     with torch.inference_mode():
         assert module(torch.zeros(2, 3, 64)).shape == (2, 3, 64)
+
+
+def test_patterns_that_match_nothing_are_told() -> None:
+    """Exact names, wildcards and each pattern of a table apart; once each, with what may have been meant."""
+    module = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    named = nn.ModuleDict({"blocks": module, "last": nn.Linear(4, 4)})
+    made = pipeline(
+        skip=["blocks.0", "blokcs.1", "blokcs.1"],
+        keep=["last", "norm*"],
+        overrides=[Override(match=("blocks.*", "*.7"), skip=True), Override(match=("last",), options={})],
+    )
+    names = [layer.name for layers in match_layers(named, made, ANY_MODULE) for layer in layers]
+    assert idle_patterns(made, names) == (
+        "model.skip has 'blokcs.1', which matches no layer; did you mean 'blocks.1'?",
+        "model.keep has 'norm*', which matches no layer",
+        "[[layers]] match has '*.7', which matches no layer",
+    )

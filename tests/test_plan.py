@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import SanaTransformer2DModel
+from accelerate import init_empty_weights
+from diffusers import (
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+)
 
 import models
+from command import done, loraq
 from loraq.budget import branch_bytes, budget_bytes
+from loraq.checkpoint import index_text, plan_files
+from loraq.estimate import estimate
 from loraq.pipeline import Pipeline, make_stage
 from loraq.plan import Plan, make_plan
-from loraq.recipe import ModelSource, Override
+from loraq.recipe import ModelSource, Override, load
 from loraq.report import Report
-from loraq.source import open_source
+from loraq.shipped import recipe_path
+from loraq.source import WEIGHTS_NAME, TensorSpec, open_source
+from loraq.workers import Workers
 
 SANA: dict[str, Any] = {
     "in_channels": 4,
@@ -141,3 +153,66 @@ def test_a_plan_reads_no_weight(folders: dict[str, Path], tmp_path: Path, monkey
     monkeypatch.setattr(type(source.components[0]), "read", None)
     assert make_plan(source, RECIPES["rank"]).written_bytes > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_and_run_say_which_patterns_match_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In the plan, in the report, in loraq.json; and what a finished run says again."""
+    recipe = models.write_recipe(tmp_path / "recipe.toml", folders["pixart"], tmp_path / "out")
+    recipe.write_text(recipe.read_text().replace("[run]", 'skip = ["transformer_blocks.0.*", "transformer.*"]\n[run]'))
+    sentence = "model.skip has 'transformer.*', which matches no layer"
+    assert f"warning: {sentence}" in done(loraq("plan", recipe))
+    assert json.loads(done(loraq("plan", recipe, "--json")))["warnings"] == [sentence]
+    assert f"warning: {sentence}" in done(loraq("run", recipe, "--only", "*.attn1.to_q"))
+    for _ in range(2):
+        assert f"warning: {sentence}" in done(loraq("run", recipe))
+    assert json.loads((tmp_path / "out/loraq.json").read_text())["report"]["warnings"] == [sentence]
+
+
+TRUE_SIZES: dict[str, tuple[Any, dict[str, Any], int, float]] = {
+    "pixart-sigma": (
+        PixArtTransformer2DModel,
+        {"num_layers": 28, "sample_size": 128, "in_channels": 4, "out_channels": 8, "caption_channels": 4096},
+        280,
+        0.5945e9,
+    ),
+    "sana": (SanaTransformer2DModel, {"num_layers": 20}, 200, 1.5555e9),
+    "flux-dev": (FluxTransformer2DModel, {"guidance_embeds": True}, 494, 11.8342e9),
+    "qwen-image": (QwenImageTransformer2DModel, {}, 840, 20.3843e9),
+}
+"""Class, published sizes, layers to quantize, and their weights."""
+
+
+def headers_only(folder: Path, kind: Any, sizes: dict[str, Any]) -> Path:
+    """A model folder of true size whose weights are holes in the files."""
+    with init_empty_weights():
+        model = kind(**sizes)
+    specs = {name: TensorSpec("BF16", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    files = plan_files(specs)
+    folder.mkdir()
+    for file in files:
+        with (folder / file.name).open("wb") as target:
+            target.write(file.header)
+            target.truncate(file.size)
+    index = index_text(files)
+    if index is not None:
+        (folder / f"{WEIGHTS_NAME}.index.json").write_text(index)
+    model.save_config(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", TRUE_SIZES)
+def test_models_of_true_size_are_planned_from_their_headers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shipped recipe on the architecture that it is for: nothing is read, and a third or less comes out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kind, sizes, layers, weights = TRUE_SIZES[name]
+    folder = headers_only(tmp_path / "model", kind, sizes)
+    recipe = load(recipe_path("flux-dev-w4a4" if name == "qwen-image" else f"{name}-w4a4"))
+    plan = make_plan(open_source(ModelSource(folder=str(folder))), recipe.pipeline())
+    assert (len(list(plan.layers)), plan.warnings) == (layers, ())
+    assert plan.weights == pytest.approx(weights, rel=1e-4)
+    assert 4.4 < 8 * plan.packed_bytes / plan.weights < 5
+    assert plan.written_bytes < 0.34 * plan.source_bytes
+    found = estimate(plan, Workers.of("cpu", 1, 1), seed=0, measure=False)
+    assert found.worker_bytes == 12 * max(layer.out * layer.inn for layer in plan.layers) + 2**30

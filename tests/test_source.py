@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
+from command import done, loraq, refused
 from loraq.errors import InputError, ModelError
 from loraq.pipeline import Pipeline, make_stage
 from loraq.plan import make_plan
@@ -21,6 +22,7 @@ from loraq.source import Source, open_source
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 LAYER = "transformer_blocks.1.attn1.to_k"
+COMMIT = "1234" * 10
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +288,43 @@ def test_a_weight_that_is_not_finite_names_its_layer(model: Path, value: float, 
 def test_no_layer_is_left(model: Path) -> None:
     with pytest.raises(ModelError, match="no layer is left to quantize"):
         Pipeline([make_stage("main_quantizer", "rtn")], skip=("*",)).run(model, model.parent / "out")
+
+
+@pytest.fixture
+def hub(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub client's cache with the pipeline as commit COMMIT of owner/name, and no network."""
+    import huggingface_hub.constants
+
+    repository = tmp_path / "hub" / "models--owner--name"
+    models.copy_of(sound, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return repository / "snapshots" / COMMIT
+
+
+@pytest.mark.parametrize("line", ["", 'revision = "main"', f'revision = "{COMMIT}"'])
+def test_a_hub_repository_is_taken_from_the_local_cache(hub: Path, sound: Path, tmp_path: Path, line: str) -> None:
+    """The bytes are those of the same folder; nothing of the repository's is written to."""
+    before = models.tensor_files(hub)
+    recipe = models.write_recipe(tmp_path / "hub.toml", sound, tmp_path / "hubbed")
+    done(loraq("run", models.write_recipe(tmp_path / "folder.toml", sound, tmp_path / "out")))
+    recipe.write_text(recipe.read_text().replace(f'folder = "{sound}"', f'hub = "owner/name"\n{line}'))
+    done(loraq("plan", recipe))
+    done(loraq("run", recipe))
+    assert models.tensor_files(tmp_path / "hubbed") == models.tensor_files(tmp_path / "out")
+    assert models.tensor_files(hub) == before
+    provenance = json.loads((tmp_path / "hubbed/loraq.json").read_text())
+    assert provenance["recipe"]["model"]["hub"] == "owner/name"
+    assert set(provenance["fingerprint"]["model"]) == {WEIGHTS, "transformer/config.json"}
+
+
+@pytest.mark.parametrize("line", ['hub = "owner/other"', 'hub = "owner/name"\nrevision = "5678"', 'hub = "a/b/c"'])
+def test_a_hub_repository_that_is_not_there_is_refused(hub: Path, sound: Path, tmp_path: Path, line: str) -> None:
+    recipe = models.write_recipe(tmp_path / "recipe.toml", sound, tmp_path / "out")
+    recipe.write_text(recipe.read_text().replace(f'folder = "{sound}"', line))
+    sentence = refused(loraq("plan", recipe))
+    assert sentence.startswith("error: model.hub: '")
+    assert "cannot be fetched (" in sentence
+    assert len(sentence.splitlines()) == 1

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, ClassVar
 import attrs
 
 from loraq import factors, formats
+from loraq.blocks import norm
 from loraq.contracts import AbstractLowRank, AbstractQuantizer
 from loraq.layer import Coded, Fit, LayerContext
 from loraq.noisy_input import rounding_noise
@@ -49,6 +50,8 @@ _CREST = 10.0
 """One over the branch's rounding noise, relative to the residual, from which `crest` counts in full."""
 _CAUTION = 3.0
 """How fast the step falls with it."""
+_EXTREME = 120
+"""The unit's exponent is no larger, so that its inverse is a float32 as well."""
 _STEADY = 0.25
 """Share of the steps at full length."""
 _NORMAL_TOKENS = 512
@@ -74,20 +77,20 @@ class LoraqFast(AbstractLowRank):
         if rank == 0 or not weight.any():
             return factors.without_branch(weight, main, branch, rank, context)
         # Everything in units of the weight's own size, a power of two: small weights' squares must not underflow.
-        unit = 2.0 ** round(math.log2(root_mean_square(weight.double())))
-        scaled = weight / unit
-        up, down = factors.approximate_svd(scaled, rank, context.generator)
+        exponent = round(math.log2(norm(weight) / math.sqrt(weight.numel())))
+        unit = 2.0 ** min(max(exponent, -_EXTREME), _EXTREME)
+        up, down = factors.approximate_svd(weight / unit, rank, context.generator)
         turn = factors.orthogonal(rank, context.generator).to(weight.device)
         bases = [
             (_Factor(up @ turn, branch, unit, rows=True), _Factor(turn.T @ down, branch, 1.0, rows=False)),
             (_Factor(up, branch, unit, rows=True), _Factor(down, branch, 1.0, rows=False)),
         ]
         moving = min(bases, key=lambda pair: _rounding_noise(*pair))
-        rounding = ResidualRounding(scaled, main, unit=unit, noise=self._input_noise(main, weight.shape[1]))
+        rounding = ResidualRounding(weight, main, unit=unit, noise=self._input_noise(main, weight.shape[1]))
         coded = self._trained(*moving, rounding)
+        del rounding, bases, moving  # the first holds matrices of the weight's size
         fit = factors.finished(weight, *coded, main, context)
-        alone = factors.deviation(weight - main.encode(weight, context).decode(), context)
-        if factors.error(weight, fit, context) <= alone:
+        if factors.error(weight, fit, context) <= factors.error(weight, Fit(main.encode(weight, context)), context):
             return fit
         return factors.without_branch(weight, main, branch, rank, context)
 

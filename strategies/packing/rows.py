@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from loraq.blocks import by_rows
 from loraq.contracts import AbstractPacking
 from loraq.layer import Part
 from loraq.layout import Stored
@@ -53,7 +54,9 @@ class Rows(AbstractPacking):
         if part.levels == 3:
             return _pack_trits(tensor)
         if _narrow(part):
-            return _pack_bits(tensor, part.bits)
+            if tensor.dim() != 2:
+                return _pack_bits(tensor, part.bits)
+            return by_rows(lambda rows: _pack_bits(rows, part.bits), tensor)
         return tensor.contiguous().view(getattr(torch, _stored_dtype(part)))
 
     def unpack(self, stored: Tensor, part: Part) -> Tensor:

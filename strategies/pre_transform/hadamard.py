@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from loraq.blocks import by_rows
 from loraq.contracts import AbstractPreTransform
 from loraq.layer import LayerContext, Part
 
@@ -57,7 +58,7 @@ class Hadamard(AbstractPreTransform):
         return {"signs": drawn.to(weight.device)}
 
     def weight(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self._rotated(self._signed(weight, tensors))
+        return by_rows(lambda rows: self._rotated(self._signed(rows, tensors)), weight)
 
     def input(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return self._rotated(self._signed(input, tensors))
