@@ -24,6 +24,8 @@ COMMANDS = {
     "inspect": "inspect",
     "generate": "generate",
     "evaluate": "evaluate",
+    "bench": "bench",
+    "verify": "verify",
 }
 """Each command, in the order of `--help`, and what it is called in the module of loraq/commands that is named so."""
 

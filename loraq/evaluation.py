@@ -3,7 +3,8 @@
 For each prompt the original and every quantized pipeline draw one picture from one seed. Metrics (entry points of the
 group `loraq.metric`) give a figure a picture; reported is the mean over pictures with a 95 % bootstrap interval over
 prompts, and, between two quantized pipelines, the mean of the *paired* difference with its own, narrower, interval. A
-gate ("psnr >= 24") turns a figure into an exit code.
+metric of the whole set (FID) has one figure a pipeline, and none of these. A gate ("psnr >= 24") turns a figure into an
+exit code.
 
 A mean over a few pictures says little, so means never come without their interval and the number of different prompts.
 """
@@ -14,7 +15,6 @@ import csv
 import io
 import json
 import math
-import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,82 +23,75 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from loraq import registry
-from loraq.bootstrap import Interval, interval
+from loraq.bootstrap import Interval, interval, share_interval
 from loraq.checkpoint import write_text
-from loraq.contracts import AbstractMetric
-from loraq.errors import InputError, LoraqError
-from loraq.pictures import Drawing, draw_into, fingerprint, opened
+from loraq.contracts import AbstractMetric, AbstractParticular, AbstractSetMetric, AbstractShare, AnyMetric
+from loraq.errors import InputError, LoraqError, RecipeError
+from loraq.gates import Gate
+from loraq.picture_set import PictureSet
+from loraq.pictures import Drawing, draw_into, fingerprint, opened, picture_paths
 from loraq.progress import Progress
-from loraq.quantize import resolved_device
+from loraq.settings import toml_value
+from loraq.structure import keys_of, structure
+from loraq.workers import resolved_device
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 ORIGINAL = "original"
 FEW_PROMPTS = 20
-_ENDS = ("mean", "low", "high")
-_GATE = re.compile(r"\s*([^\s.<>=]+)(?:\.(\w+))?\s*(>=|<=)\s*(\S+)\s*")
 
 
-@attrs.frozen(kw_only=True)
-class Gate:
-    """What must hold of a metric: `psnr >= 24` of the mean, `psnr.low >= 24` of the interval's lower end."""
-
-    metric: str
-    end: str = "mean"
-    at_least: bool
-    bound: float
-
-    def __str__(self) -> str:
-        end = "" if self.end == "mean" else f".{self.end}"
-        return f"{self.metric}{end} {'>=' if self.at_least else '<='} {self.bound:g}"
-
-    def value(self, found: Interval) -> float | None:
-        """What is compared with the bound."""
-        values = {"mean": found.mean, "low": found.low, "high": found.high}
-        return values[self.end]
-
-    def is_met(self, found: Interval) -> bool:
-        """Whether it holds; not where there is no interval to look at."""
-        value = self.value(found)
-        if value is None:
-            return False
-        return value >= self.bound if self.at_least else value <= self.bound
-
-
-def parse_gate(text: str) -> Gate:
-    """The gate that `text` writes. Raises InputError for anything else."""
-    found = _GATE.fullmatch(text)
-    try:
-        bound = float(found[4]) if found else math.nan
-    except ValueError:
-        bound = math.nan
-    if found is None or math.isnan(bound) or (found[2] or "mean") not in _ENDS:
-        raise InputError(f"--require '{text}': expected METRIC >= NUMBER or METRIC <= NUMBER, such as 'psnr >= 24'.")
-    return Gate(metric=found[1], end=found[2] or "mean", at_least=found[3] == ">=", bound=bound)
+def metric_tables(settings: Sequence[str], where: str) -> dict[str, dict[str, Any]]:
+    """Tables of options by metric from `METRIC.OPTION=VALUE`. Raises InputError for anything else."""
+    tables: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        name, dot, key = path.strip().partition(".")
+        if not (equals and dot and name and key):
+            raise InputError(f"{where} {setting}: expected METRIC.OPTION=VALUE, such as lpips.net=vgg.")
+        tables.setdefault(name, {})[key] = toml_value(text.strip())
+    return tables
 
 
 def load_metrics(
-    names: Sequence[str], required: Sequence[str] = ()
-) -> tuple[dict[str, AbstractMetric], dict[str, str]]:
+    names: Sequence[str],
+    required: Sequence[str] = (),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    where: str = "metric",
+    download: bool = False,
+) -> tuple[dict[str, AnyMetric], dict[str, str]]:
     """The metrics of these names that can measure here, and for each of the others the sentence why not.
 
-    No names means all that are installed. Raises InputError where one of `required` is among the others, or no metric
-    is left; RegistryError for a name that nobody offers.
+    No names means all that are installed. `options` has a table for each metric that is not as by default; `where` it
+    was given, for errors. `download` lets all of them fetch weights that they lack. Raises InputError where one of
+    `required` is among the others, or no metric is left; RegistryError for a name that nobody offers; RecipeError for
+    options that a metric does not take.
     """
     group = f"{registry.PREFIX}metric"
-    metrics: dict[str, AbstractMetric] = {}
+    metrics: dict[str, AnyMetric] = {}
     refused: dict[str, str] = {}
-    for name in dict.fromkeys([*(names or registry.names(group)), *required]):
+    wanted = list(dict.fromkeys([*(names or registry.names(group)), *required]))
+    odd = [name for name in options or () if name not in wanted]
+    faults = [f"{where} {name}: it is not among the metrics, {', '.join(wanted)}" for name in odd]
+    for name in wanted:
         offered = registry.load(group, name)
-        metric = offered() if isinstance(offered, type) else offered
-        if not isinstance(metric, AbstractMetric):
+        table = dict((options or {}).get(name, {}))
+        if download and isinstance(offered, type) and "download" in keys_of(offered):
+            table = {"download": True} | table
+        metric = structure(table, offered, f"{where} {name}", faults) if isinstance(offered, type) else offered
+        if metric is None:
+            continue
+        if not isinstance(metric, AbstractMetric | AbstractSetMetric):
             raise registry.broken(group, name, "is not a metric")
         reason = metric.refusal()
         if reason is None:
             metrics[name] = metric
         else:
             refused[name] = reason
+    if faults:
+        raise RecipeError(faults)
     for name in required:
         if name in refused:
             raise InputError(f"metric '{name}' is required, and {refused[name]}")
@@ -124,13 +117,17 @@ class Row:
 
 @attrs.frozen(kw_only=True)
 class Evaluation:
-    """What was measured: `figures[metric][pipeline]` has a number a picture; `folders` says where a pipeline lies."""
+    """What was measured: `figures[metric][pipeline]` has a number a picture; `folders` says where a pipeline lies.
+
+    `set_figures[metric][pipeline]` is the number of a whole set, of metrics that have none a picture.
+    """
 
     folders: Mapping[str, str]
     drawing: Drawing
-    metrics: Mapping[str, AbstractMetric]
+    metrics: Mapping[str, AnyMetric]
     figures: Mapping[str, Mapping[str, Sequence[float]]]
     refused: Mapping[str, str] = attrs.field(factory=dict)
+    set_figures: Mapping[str, Mapping[str, float]] = attrs.field(factory=dict)
 
     @property
     def quantized(self) -> list[str]:
@@ -139,38 +136,60 @@ class Evaluation:
 
     def means(self) -> list[Row]:
         """Each pipeline's figures; the original's only where a metric judges a picture by itself."""
-        return [
-            Row(pipeline=label, metric=metric, found=self._interval(values))
+        each = [
+            Row(pipeline=label, metric=metric, found=self._interval(metric, values))
             for metric, by_pipeline in self.figures.items()
             for label, values in by_pipeline.items()
         ]
+        whole = [
+            Row(pipeline=label, metric=metric, found=self._plain(value))
+            for metric, by_label in self.set_figures.items()
+            for label, value in by_label.items()
+        ]
+        return each + whole
 
     def differences(self) -> list[Row]:
         """The first pipeline less each other one; for a metric without pairs, each pipeline less the original too."""
-        first, *others = self.quantized
         rows = []
         for metric, figures in self.figures.items():
-            pairs = [(first, other) for other in others]
-            if ORIGINAL in figures:
-                pairs += [(label, ORIGINAL) for label in self.quantized]
-            for left, right in pairs:
+            for left, right in self._compared(figures):
                 values = [a - b for a, b in zip(figures[left], figures[right], strict=True)]
-                rows.append(Row(pipeline=left, subtracted=right, metric=metric, found=self._interval(values)))
+                found = interval(values, self.drawing.prompts, seed=self.drawing.seed)
+                rows.append(Row(pipeline=left, subtracted=right, metric=metric, found=found))
+        for metric, whole in self.set_figures.items():
+            for left, right in self._compared(whole):
+                found = self._plain(whole[left] - whole[right])
+                rows.append(Row(pipeline=left, subtracted=right, metric=metric, found=found))
         return rows
 
-    def _interval(self, values: Sequence[float]) -> Interval:
+    def _compared(self, figures: Mapping[str, object]) -> list[tuple[str, str]]:
+        """Which pipeline's figures are subtracted from which."""
+        first, *others = self.quantized
+        pairs = [(first, other) for other in others]
+        return pairs + [(label, ORIGINAL) for label in self.quantized] if ORIGINAL in figures else pairs
+
+    def _interval(self, metric: str, values: Sequence[float]) -> Interval:
+        if isinstance(self.metrics[metric], AbstractShare):
+            return share_interval(values, self.drawing.prompts)
         return interval(values, self.drawing.prompts, seed=self.drawing.seed)
+
+    def _plain(self, value: float) -> Interval:
+        """A figure of a whole set, which has no interval."""
+        return Interval(value, None, None, len(self.drawing.prompts), len(set(self.drawing.prompts)))
 
     def unmet(self, gates: Iterable[Gate]) -> list[str]:
         """A clause for each gate that a quantized pipeline does not meet."""
         clauses = []
         for gate in gates:
+            if gate.metric not in self.figures and gate.metric not in self.set_figures:
+                reason = self.refused.get(gate.metric, "nobody asked for it").rstrip(".")
+                clauses.append(f"{gate.metric} was not measured ({reason}), and '{gate}' is required")
             for row in self.means():
                 if row.metric == gate.metric and row.pipeline != ORIGINAL and not gate.is_met(row.found):
                     value = gate.value(row.found)
-                    found = "has no interval with one prompt" if value is None else f"is {value:.4g}"
-                    name = gate.metric if gate.end == "mean" else f"{gate.metric}.{gate.end}"
-                    clauses.append(f"{self.folders[row.pipeline]}: {name} {found}, and '{gate}' is required")
+                    none = "has no interval" if gate.metric in self.set_figures else "has no interval with one prompt"
+                    found = none if value is None else f"is {value:.4g}"
+                    clauses.append(f"{self.folders[row.pipeline]}: {gate.name} {found}, and '{gate}' is required")
         return clauses
 
     def to_plain(self) -> dict[str, Any]:
@@ -180,6 +199,7 @@ class Evaluation:
             "pictures": len(self.drawing.prompts),
             "prompts": len(set(self.drawing.prompts)),
             "seed": self.drawing.seed,
+            **({"seeds": list(self.drawing.seeds)} if self.drawing.seeds else {}),
             "call": dict(self.drawing.call),
             "batch": self.drawing.batch,
             "means": [row.to_plain() for row in self.means()],
@@ -191,7 +211,7 @@ class Evaluation:
         """A row a picture and pipeline: place, prompt, seed, pipeline, and every metric's figure."""
         labels = [label for label in self.folders if any(label in each for each in self.figures.values())]
         return [
-            {"place": place, "prompt": prompt, "seed": self.drawing.seed + place, "pipeline": label}
+            {"place": place, "prompt": prompt, "seed": self.drawing.seed_of(place), "pipeline": label}
             | {metric: figures[label][place] for metric, figures in self.figures.items() if label in figures}
             for label in labels
             for place, prompt in enumerate(self.drawing.prompts)
@@ -206,7 +226,8 @@ class Evaluation:
         prompts = len(set(self.drawing.prompts))
         call = ", ".join(f"{name}={value}" for name, value in self.drawing.call.items()) or "the pipeline's own call"
         console.print(
-            f"{len(self.drawing.prompts)} pictures of {prompts} prompts, seeds from {self.drawing.seed}, {call}",
+            f"{len(self.drawing.prompts)} pictures of {prompts} prompts, "
+            f"{'seeds by name' if self.drawing.seeds else f'seeds from {self.drawing.seed}'}, {call}",
             highlight=False,
             markup=False,
         )
@@ -227,6 +248,14 @@ class Evaluation:
             console.print(table)
         for name, reason in self.refused.items():
             console.print(f"{name} is left out: {reason}", highlight=False, markup=False)
+        for name in self.set_figures:
+            metric, number = self.metrics[name], len(self.drawing.prompts)
+            if isinstance(metric, AbstractSetMetric) and number < metric.enough:
+                console.print(
+                    f"{name} of {number} pictures is not that of {metric.enough}: compare it with sets as large only.",
+                    highlight=False,
+                    markup=False,
+                )
         if prompts < FEW_PROMPTS:
             console.print(
                 f"Only {prompts} different prompts: the intervals are too narrow; give {FEW_PROMPTS} or more.",
@@ -239,16 +268,18 @@ def evaluate(
     quantized: Sequence[Path],
     original: Path,
     drawing: Drawing,
-    metrics: Mapping[str, AbstractMetric],
+    metrics: Mapping[str, AnyMetric],
     *,
     refused: Mapping[str, str] | None = None,
+    references: Sequence[Path] = (),
     device: str = "auto",
     output: Path | None = None,
 ) -> Evaluation:
     """Draw `drawing` with each pipeline and measure the pictures. `output` keeps pictures and figures, and continues.
 
-    The models are loaded one after the other, so that memory holds one. Raises InputError where they are not
-    comparable, ModelError for a folder that holds no pipeline.
+    `references` are real pictures of the prompts' data set, for metrics that compare with such. The models are loaded
+    one after the other, so that memory holds one. Raises InputError where they are not comparable or no metric can
+    judge what is drawn, ModelError for a folder that holds no pipeline.
     """
     folders = {ORIGINAL: original, **_labelled(quantized)}
     for folder in folders.values():
@@ -257,18 +288,22 @@ def evaluate(
             raise InputError(f"--output {output}: it lies in {folder}, which is evaluated; choose another place.")
     with tempfile.TemporaryDirectory(prefix="loraq-") as temporary:
         root = output or Path(temporary)
+        sets = {label: _picture_set(root, label, drawing, references) for label in folders}
+        fitting, objections = judging(metrics, sets[ORIGINAL])
         found = resolved_device(device)
         paths = {
             label: draw_into(root / label, folder, drawing, found, title=f"drawing with {label}")
             for label, folder in folders.items()
         }
-        figures = _measured(paths, drawing.prompts, metrics)
+        figures = _measured(paths, drawing.prompts, fitting)
+        set_figures = _measured_sets(sets, fitting)
     evaluation = Evaluation(
         folders={label: str(folder) for label, folder in folders.items()},
         drawing=drawing,
-        metrics=metrics,
+        metrics=fitting,
         figures=figures,
-        refused=refused or {},
+        refused={**(refused or {}), **objections},
+        set_figures=set_figures,
     )
     if output is not None:
         _write(output, evaluation)
@@ -288,10 +323,49 @@ def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
     return labelled
 
 
+def judging(metrics: Mapping[str, AnyMetric], pictures: PictureSet) -> tuple[dict[str, AnyMetric], dict[str, str]]:
+    """The metrics that can judge such pictures, and for each of the others why not. Raises InputError for none."""
+    objections = {}
+    for name, metric in metrics.items():
+        reason = metric.objection(pictures) if isinstance(metric, AbstractParticular) else None
+        if reason is not None:
+            objections[name] = reason
+    if len(objections) == len(metrics):
+        raise InputError(f"no metric is left: {' '.join(f'{name}: {reason}' for name, reason in objections.items())}")
+    return {name: metric for name, metric in metrics.items() if name not in objections}, objections
+
+
+def _picture_set(root: Path, label: str, drawing: Drawing, references: Sequence[Path]) -> PictureSet:
+    """What is drawn into `root` under that label: the paths are known before anything is drawn."""
+    return PictureSet(
+        drawn=picture_paths(root / label, drawing),
+        originals=picture_paths(root / ORIGINAL, drawing),
+        prompts=drawing.prompts,
+        references=tuple(references),
+    )
+
+
+def _measured_sets(sets: Mapping[str, PictureSet], metrics: Mapping[str, AnyMetric]) -> dict[str, dict[str, float]]:
+    """`figures[metric][pipeline]`, a number a set."""
+    whole = {name: metric for name, metric in metrics.items() if isinstance(metric, AbstractSetMetric)}
+    figures: dict[str, dict[str, float]] = {name: {} for name in whole}
+    with Progress("measuring sets", len(whole) * len(sets)) as progress:
+        for name, metric in whole.items():
+            for label, pictures in sets.items():
+                if label != ORIGINAL or not metric.paired:
+                    value = metric.measure(pictures)
+                    if not math.isfinite(value):
+                        raise LoraqError(f"metric '{name}' gave {value} for {label}'s pictures; leave the metric out.")
+                    figures[name][label] = value
+                progress.advance(1, name)
+    return figures
+
+
 def _measured(
-    paths: Mapping[str, Sequence[Path]], prompts: Sequence[str], metrics: Mapping[str, AbstractMetric]
+    paths: Mapping[str, Sequence[Path]], prompts: Sequence[str], every: Mapping[str, AnyMetric]
 ) -> dict[str, dict[str, list[float]]]:
     """`figures[metric][pipeline]`, a number a picture."""
+    metrics = {name: metric for name, metric in every.items() if isinstance(metric, AbstractMetric)}
     labels = {
         name: [each for each in paths if each != ORIGINAL or not metric.paired] for name, metric in metrics.items()
     }

@@ -4,7 +4,7 @@ Each picture is a PNG whose text says what it is: the model's fingerprint, promp
 A file that says exactly what is asked for is kept, any other is drawn anew, so pictures of another model or call are
 never taken for these. Files are written beside their place and renamed: what is there is whole.
 
-Picture `place` has the noise of seed + place, whatever else is in its batch. Batches begin at fixed places, and one
+Picture `place` has the noise of its own seed, whatever else is in its batch. Batches begin at fixed places, and one
 that lacks a picture is drawn whole again, so that an evaluation that was killed ends with the same pictures: a batch of
 another size sums floats in another order, which 16-bit layers hide and roundings to 4-bit activations make visible.
 """
@@ -25,7 +25,8 @@ from PIL import Image, PngImagePlugin
 
 from loraq.errors import InputError, ModelError
 from loraq.progress import Progress
-from loraq.samples import check_call, draw_together, load_pipeline
+from loraq.samples import check_call, draw_together, load_pipeline, load_source
+from loraq.source import Source
 
 _TEXT = "loraq"
 _LARGEST_BATCH = 32
@@ -35,12 +36,24 @@ _BATCH_PIXELS = 2**18
 
 @attrs.frozen(kw_only=True)
 class Drawing:
-    """What is drawn: picture `place` shows `prompts[place]` from the noise of `seed + place`."""
+    """What is drawn: picture `place` shows `prompts[place]` from the noise of `seed_of(place)`.
+
+    That is `seed + place`, unless `seeds` gives each picture its own, as data sets with published protocols do.
+    """
 
     prompts: tuple[str, ...]
     seed: int
     call: Mapping[str, Any]
     batch: int
+    seeds: tuple[int, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        if self.seeds and len(self.seeds) != len(self.prompts):
+            raise ValueError(f"Drawing: there are {len(self.seeds)} seeds for {len(self.prompts)} prompts.")
+
+    def seed_of(self, place: int) -> int:
+        """The seed of the noise of the picture at `place`."""
+        return self.seeds[place] if self.seeds else self.seed + place
 
     def batches(self) -> list[range]:
         """The places of each call of the pipeline."""
@@ -51,14 +64,14 @@ class Drawing:
 def fitting_batch(folder: Path, call: Mapping[str, Any]) -> int:
     """How many pictures of the pipeline in `folder` to draw at once: up to 32 small ones, one of unknown size."""
     try:
-        side = _side(folder)
+        side = own_side(folder)
         height, width = int(call.get("height") or side), int(call.get("width") or side)
         return max(1, min(_LARGEST_BATCH, _BATCH_PIXELS // (height * width)))
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return 1
 
 
-def _side(folder: Path) -> int:
+def own_side(folder: Path) -> int:
     """The side of the pictures that a pipeline draws by itself, from its configurations."""
     network = "transformer" if (folder / "transformer").is_dir() else "unet"
     latent = json.loads((folder / network / "config.json").read_text(encoding="utf-8"))["sample_size"]
@@ -67,11 +80,17 @@ def _side(folder: Path) -> int:
     return int(latent) << (len(channels) - 1)
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(model: Path | Source) -> str:
     """A digest of the names, sizes and times of a pipeline's files: a model that was changed has another one.
 
-    Raises ModelError for a folder that holds no pipeline.
+    Of a source whose weights are not those in its folder, as of one with adapters, their digests count too. Raises
+    ModelError for a folder that holds no pipeline.
     """
+    if isinstance(model, Source):
+        told = model.digests() if any(each.rewritten for each in model.components) else {}
+        own = fingerprint(model.root)
+        return hashlib.sha256(json.dumps([own, told], sort_keys=True).encode()).hexdigest() if told else own
+    folder = model
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder}: there is no model_index.json; give the folder of a whole diffusers pipeline.")
     digest = hashlib.sha256()
@@ -81,27 +100,33 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def draw_into(
-    folder: Path, model: Path, drawing: Drawing, device: torch.device, *, title: str = "drawing"
-) -> list[Path]:
-    """Draw with the pipeline in `model` what `folder` lacks. Returns the pictures' paths, in order.
+def picture_paths(folder: Path, drawing: Drawing) -> tuple[Path, ...]:
+    """Where the pictures of `drawing` lie in `folder`, in order."""
+    return tuple(folder / f"{place:05}.png" for place in range(len(drawing.prompts)))
 
-    A model whose pictures are all there is not loaded. Raises ModelError or InputError where it cannot draw.
+
+def draw_into(
+    folder: Path, model: Path | Source, drawing: Drawing, device: torch.device, *, title: str = "drawing"
+) -> list[Path]:
+    """Draw what `folder` lacks with `model`, a pipeline's folder or a recipe's source. Returns the pictures' paths.
+
+    They are in order. A model whose pictures are all there is not loaded. Raises ModelError or InputError where it
+    cannot draw.
     """
-    told = [_told(fingerprint(model), drawing, place, device) for place in range(len(drawing.prompts))]
-    paths = [folder / f"{place:05}.png" for place in range(len(told))]
+    told = told_of(model, drawing, device)
+    paths = list(picture_paths(folder, drawing))
     missing = {place for place, path in enumerate(paths) if not _is_kept(path, told[place])}
     if not missing:
         return paths
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline = load_pipeline(model, device)
+    pipeline = load_pipeline(model, device) if isinstance(model, Path) else load_source(model, device)
     check_call(pipeline, drawing.call)
     with Progress(title, len(told), done=len(told) - len(missing)) as progress:
         for places in drawing.batches():
             if missing.isdisjoint(places):
                 continue
             prompts = [drawing.prompts[place] for place in places]
-            drawn = draw_together(pipeline, prompts, [drawing.seed + place for place in places], drawing.call)
+            drawn = draw_together(pipeline, prompts, [drawing.seed_of(place) for place in places], drawing.call)
             if len(drawn) != len(places):
                 raise InputError(
                     f"--call: one picture a prompt is compared, and {type(pipeline).__name__} drew {len(drawn)} for "
@@ -116,12 +141,18 @@ def draw_into(
     return paths
 
 
+def told_of(model: Path | Source, drawing: Drawing, device: torch.device) -> list[str]:
+    """What each picture's file says of itself: two files that say the same show the same picture."""
+    made = fingerprint(model)
+    return [_told(made, drawing, place, device) for place in range(len(drawing.prompts))]
+
+
 def _told(model: str, drawing: Drawing, place: int, device: torch.device) -> str:
     """What the picture's file says of it."""
     versions = {name: importlib.metadata.version(name) for name in ("loraq", "diffusers", "torch")}
     told = {
         "prompt": drawing.prompts[place],
-        "seed": drawing.seed + place,
+        "seed": drawing.seed_of(place),
         "call": dict(drawing.call),
         "batch": drawing.batch,
         "model": model,
@@ -155,16 +186,19 @@ def opened(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def prompts_in(path: Path) -> list[str]:
-    """The prompts of a text file, one a line, empty lines left out. Raises InputError where there are none."""
+def prompts_in(path: Path, where: str = "--prompts") -> list[str]:
+    """The prompts of a text file, one a line, empty lines left out. Raises InputError where there are none.
+
+    `where` is where the file was named.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"--prompts {path}: cannot be read ({reason}); give a text file, a prompt a line.") from None
+        raise InputError(f"{where} {path}: cannot be read ({reason}); give a text file, a prompt a line.") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise InputError(f"--prompts {path}: there is no prompt in it; give a text file, a prompt a line.")
+        raise InputError(f"{where} {path}: there is no prompt in it; give a text file, a prompt a line.")
     return found
 
 

@@ -13,8 +13,9 @@ import click
 from loraq import registry
 from loraq.commands.common import json_option, open_console, print_json
 from loraq.errors import InputError, LoraqError, did_you_mean
-from loraq.shipped import shipped_recipes
+from loraq.shipped import shipped_recipes, shipped_suites
 
+SHIPPED = {"recipe": shipped_recipes, "suite": shipped_suites}
 KINDS = (
     "stage",
     "pre_transform",
@@ -37,16 +38,17 @@ def list_(kind: str | None, name: str | None, as_json: bool) -> None:
     if kind is None:
         _list_all(as_json)
         return
-    if kind == "recipe":
+    if kind in SHIPPED:
+        shipped = SHIPPED[kind]()
         if as_json:
-            print_json({recipe: str(path) for recipe, path in shipped_recipes().items()})
+            print_json({name: str(path) for name, path in shipped.items()})
             return
-        for recipe, path in shipped_recipes().items():
-            click.echo(f"{recipe}  {path}")
+        for name, path in shipped.items():
+            click.echo(f"{name}  {path}")
         return
     kinds = [*dict.fromkeys([*KINDS, *registry.names("loraq.stage")])]
     if kind not in kinds:
-        raise InputError(f"no kind '{kind}'; kinds are {', '.join([*kinds, 'recipe'])}{did_you_mean(kind, kinds)}")
+        raise InputError(f"no kind '{kind}'; kinds are {', '.join([*kinds, *SHIPPED])}{did_you_mean(kind, kinds)}")
     if name is None:
         _list_kind(kind, as_json)
     else:
@@ -79,7 +81,7 @@ def _list_all(as_json: bool) -> None:
         print_json({kind: _offers(kind) for kind in kinds})
         return
     lines = {kind: [_told(kind, name) for name in registry.names(f"loraq.{kind}")] for kind in kinds}
-    for kind, names in (lines | {"recipe": shipped_recipes()}).items():
+    for kind, names in (lines | {kind: [*found()] for kind, found in SHIPPED.items()}).items():
         line = f"{kind:<18}{', '.join(names) or '-'}"
         if sys.stdout.isatty():  # for people, within the window; for programs, a line a kind
             width = shutil.get_terminal_size().columns
