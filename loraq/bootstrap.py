@@ -7,10 +7,14 @@ two models the interval is that of the *difference a picture*: what the prompts 
 is narrower than the two intervals suggest.
 
 With few prompts the interval is too narrow (the percentile method covers about 90 % at ten), with one there is none.
+
+A share, of pictures that are right, has Wilson's interval (1927) instead: near 0 and 1 the bootstrap's is too narrow,
+and at 0 and 1 it is a point.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +32,7 @@ _Array = NDArray[Any]
 
 @attrs.frozen
 class Interval:
-    """A mean over pictures and its 95 % interval; `low` and `high` are None where there is only one prompt."""
+    """A mean over pictures and its 95 % interval; `low` and `high` are None for one prompt, or a figure of a set."""
 
     mean: float
     low: float | None
@@ -61,6 +65,27 @@ def interval(values: Sequence[float], prompts: Sequence[str], *, seed: int = 0) 
     low, high = numpy.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     # Equal values: the resampled sums may round to the other side of the mean.
     return Interval(mean, min(float(low), mean), max(float(high), mean), len(values), number)
+
+
+def share_interval(values: Sequence[float], prompts: Sequence[str]) -> Interval:
+    """The share of `values`, 1 or 0 a picture, and its interval by Wilson.
+
+    Pictures of one prompt are not independent: the interval is that of as many draws as there are prompts. Raises
+    ValueError for no values, or not as many as prompts.
+    """
+    if not values or len(values) != len(prompts):
+        raise ValueError(f"there must be a prompt for each of one or more values, got {len(values)} and {len(prompts)}")
+    number = len(set(prompts))
+    share, low, high = wilson(sum(values) / len(values) * number, number)
+    return Interval(share, low, high, len(values), number)
+
+
+def wilson(right: float, total: int) -> tuple[float, float, float]:
+    """The share `right` of `total` and its 95 % interval, which is sound near 0 and 1."""
+    share, z = right / total, 1.959964
+    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    return share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _resampled(sums: _Array, counts: _Array, chosen: _Array) -> _Array:

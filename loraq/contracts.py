@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loraq.activation import Activation
     from loraq.layer import Coded, Fit, LayerContext, Lookup, Part
     from loraq.layout import Layout, Stored
+    from loraq.picture_set import PictureSet
     from loraq.pipeline import LayerRecipe
 
 
@@ -309,7 +310,7 @@ class AbstractKernel(ABC):
 class AbstractMetric(ABC):
     """A figure of one picture, for `loraq evaluate`: how near it is to the original's, or how good it is by itself.
 
-    Found in the group `loraq.metric`. A figure of a whole set of pictures (FID) has no value a picture and is none.
+    Found in the group `loraq.metric`, as AbstractSetMetric is, which measures whole sets.
     """
 
     paired: ClassVar[bool]
@@ -321,7 +322,10 @@ class AbstractMetric(ABC):
 
     @abstractmethod
     def refusal(self) -> str | None:
-        """None where it can measure here, else a sentence: which library, weights or data it lacks, what would do."""
+        """None where it can measure here, else a sentence: which library, weights or data it lacks, what would do.
+
+        Never touches the network, and loads no weights.
+        """
 
     @abstractmethod
     def measure(self, picture: Image.Image, original: Image.Image, prompt: str) -> float:
@@ -329,3 +333,46 @@ class AbstractMetric(ABC):
 
         Both are RGB and of one size. Called once a picture, after `refusal` gave None. Finite.
         """
+
+
+class AbstractSetMetric(ABC):
+    """A figure of a whole set of pictures, such as FID: it has no value a picture, and so no interval.
+
+    Found in the group `loraq.metric`. A difference of two is that of the figures.
+    """
+
+    paired: ClassVar[bool]
+    """Whether `measure` looks at the original's pictures; where not, the original's set is measured as well."""
+    unit: ClassVar[str]
+    """What stands behind the figure in a table; empty for a plain number."""
+    better: ClassVar[Literal["higher", "lower"]]
+    """Which way is better."""
+    enough: ClassVar[int]
+    """How many pictures there should be: with fewer the figure depends on their number, and the table says so."""
+
+    @abstractmethod
+    def refusal(self) -> str | None:
+        """As AbstractMetric's."""
+
+    @abstractmethod
+    def measure(self, pictures: PictureSet) -> float:
+        """The figure of `pictures.drawn`. Called once a pipeline, after `refusal` gave None. Finite."""
+
+
+class AbstractParticular(ABC):
+    """What a metric adds to its contract when it cannot judge every set of pictures."""
+
+    @abstractmethod
+    def objection(self, pictures: PictureSet) -> str | None:
+        """Why it cannot judge these, as a sentence with what would do; None where it can.
+
+        Called after `refusal` gave None and before anything is drawn: the files of `pictures` need not be there yet.
+        """
+
+
+class AbstractShare(ABC):  # noqa: B024  # a mark
+    """What a metric adds to its contract when a picture counts 1 or 0: the mean is a share, its interval Wilson's."""
+
+
+AnyMetric = AbstractMetric | AbstractSetMetric
+"""What the group `loraq.metric` holds."""

@@ -11,8 +11,8 @@ from PIL import Image
 
 from loraq.errors import CheckpointError, InputError
 from loraq.provenance import PROVENANCE
-from loraq.quantize import resolved_device
 from loraq.samples import draw, load_pipeline
+from loraq.workers import resolved_device
 
 
 def generate_pictures(
@@ -33,11 +33,11 @@ def generate_pictures(
     return paths
 
 
-def call_of(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
-    """The arguments of the pipeline's call: the recorded samples' of `folder`, and over them `settings`, name=value."""
+def call_of(folder: Path | None, settings: Sequence[str]) -> dict[str, Any]:
+    """The arguments of the pipeline's call: `settings`, name=value, over the recorded samples' of `folder`, if any."""
     from loraq.settings import toml_value
 
-    call = dict(recorded_samples(folder).get("call", {}))
+    call = {} if folder is None else dict(recorded_samples(folder).get("call", {}))
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name:

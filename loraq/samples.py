@@ -9,26 +9,42 @@ from __future__ import annotations
 import gc
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 import loraq  # noqa: F401  # lets diffusers load packed models
 from loraq.errors import InputError, ModelError, did_you_mean
 from loraq.progress import Progress
 from loraq.recipe import Samples
+from loraq.source import Source
 
 _MARGIN = 8
 _SHORTEST = 192
 """Smaller pictures are enlarged to this many pixels."""
 
 
-def load_pipeline(folder: Path, device: torch.device) -> Any:
-    """The diffusers pipeline in `folder`, packed or not. Raises ModelError where it cannot be loaded."""
+def load_source(source: Source, device: torch.device) -> Any:
+    """The 16-bit pipeline of a recipe's model, with a single file's weights and adapters where it has such."""
+    dtype = _dtype_on(device)
+    rewritten = {each.name: each.loaded(dtype) for each in source.components if each.rewritten}
+    return load_pipeline(source.root, device, rewritten)
+
+
+def _dtype_on(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def load_pipeline(folder: Path, device: torch.device, components: Mapping[str, nn.Module] | None = None) -> Any:
+    """The diffusers pipeline in `folder`, packed or not, with `components` instead of its own.
+
+    Raises ModelError where it cannot be loaded.
+    """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -38,10 +54,12 @@ def load_pipeline(folder: Path, device: torch.device) -> Any:
         library.disable_progress_bar()
     if not (folder / "model_index.json").exists():
         raise ModelError(f"{folder}: there is no model_index.json; pictures need a whole pipeline.")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = _dtype_on(device)
     try:
         load: Any = DiffusionPipeline.from_pretrained  # diffusers' signatures are partly untyped
-        pipeline = load(folder, dtype=dtype, local_files_only=True, use_safetensors=True)  # no pickle is read
+        pipeline = load(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **(components or {})
+        )  # no pickle is read
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: the pipeline cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -80,14 +98,18 @@ def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, An
     return pictures
 
 
-def draw_comparison(original: Path, quantized: Path, samples: Samples, path: Path, device: torch.device) -> float:
+def draw_comparison(original: Source, quantized: Path, samples: Samples, path: Path, device: torch.device) -> float:
     """Write the picture "16-bit beside quantized" to `path`. Returns the mean PSNR in dB.
 
     The models are loaded one after the other, so that memory holds one.
     """
     columns = []
-    for folder, title in ((original, "drawing with the 16-bit model"), (quantized, "drawing with the packed model")):
-        pipeline = load_pipeline(folder, device)
+    loads: list[tuple[Callable[[], Any], str]] = [
+        (lambda: load_source(original, device), "drawing with the 16-bit model"),
+        (lambda: load_pipeline(quantized, device), "drawing with the packed model"),
+    ]
+    for load, title in loads:
+        pipeline = load()
         columns.append(draw(pipeline, samples.prompts, samples.seed, samples.call, title))
         del pipeline
         gc.collect()

@@ -7,6 +7,7 @@ where a promise of loraq/contracts.py is broken.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import attrs
 import torch
@@ -21,12 +22,15 @@ from loraq.contracts import (
     AbstractLowRank,
     AbstractMetric,
     AbstractPacking,
+    AbstractParticular,
     AbstractPreTransform,
     AbstractQuantizer,
+    AbstractSetMetric,
 )
 from loraq.factors import deviation
 from loraq.layer import Coded, LayerContext, Part
 from loraq.layout import Layout
+from loraq.picture_set import PictureSet
 from matrices import calibrated_context, context, seeded, trained
 
 SHAPES = ((1, 1), (3, 5), (16, 64), (65, 130), (64, 200))
@@ -244,17 +248,41 @@ def kernel(backend: AbstractKernel, tensors: dict[str, torch.Tensor], layout: La
     assert torch.allclose(backend.linear(input, written, None, layout), expected, rtol=1e-2, atol=1e-2)
 
 
-def metric(metric: AbstractMetric) -> None:
-    """A finite figure a picture, the same each time; no picture is nearer to the original's than an equal one."""
+def metric(metric: AbstractMetric | AbstractSetMetric, folder: Path) -> None:
+    """A finite figure, the same each time; no picture, and no set, is nearer to the original's than an equal one."""
     assert metric.better in ("higher", "lower")
-    if metric.refusal() is not None:
+    assert isinstance(metric.unit, str)
+    reason = metric.refusal()
+    if reason is not None:
+        assert reason, "a refusal is a sentence"
         return
-    noise = [seeded(24, 32 * 3, seed=seed).sigmoid().mul(255).byte().reshape(24, 32, 3) for seed in (1, 2)]
+    if isinstance(metric, AbstractSetMetric):
+        set_metric(metric, folder)
+        return
+    prompt = "a small red ring on white"
+    noise = [seeded(64, 64 * 3, seed=seed).sigmoid().mul(255).byte().reshape(64, 64, 3) for seed in (1, 2)]
     original, other = (Image.fromarray(each.numpy()) for each in noise)
     before = [picture.tobytes() for picture in (original, other)]
-    figures = [metric.measure(picture, original, "a prompt") for picture in (other, original, other)]
+    figures = [metric.measure(picture, original, prompt) for picture in (other, original, other)]
     assert all(isinstance(figure, float) and math.isfinite(figure) for figure in figures)
     assert figures[0] == figures[2]
     if metric.paired:
         assert figures[1] > figures[0] if metric.better == "higher" else figures[1] < figures[0]
     assert before == [picture.tobytes() for picture in (original, other)]
+
+
+def set_metric(metric: AbstractSetMetric, folder: Path) -> None:
+    """The part of a metric of sets; six pictures are compared with six others."""
+    assert metric.enough > 0
+    paths = [folder / f"{seed}.png" for seed in range(12)]
+    for seed, path in enumerate(paths):
+        Image.fromarray(seeded(64, 64 * 3, seed=seed).sigmoid().mul(255).byte().reshape(64, 64, 3).numpy()).save(path)
+    drawn, others, prompts = tuple(paths[:6]), tuple(paths[6:]), ("a small red ring on white",) * 6
+    far = PictureSet(drawn=drawn, originals=others, references=others, prompts=prompts)
+    near = PictureSet(drawn=drawn, originals=drawn, references=drawn, prompts=prompts)
+    if isinstance(metric, AbstractParticular) and metric.objection(far) is not None:
+        return
+    figures = [metric.measure(pictures) for pictures in (far, near, far)]
+    assert all(isinstance(figure, float) and math.isfinite(figure) for figure in figures)
+    assert figures[0] == figures[2]
+    assert figures[1] > figures[0] if metric.better == "higher" else figures[1] < figures[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import contracts
@@ -54,5 +56,5 @@ def test_packing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", registry.names("loraq.metric"))
-def test_metric(name: str) -> None:
-    contracts.metric(registry.load("loraq.metric", name)())
+def test_metric(name: str, tmp_path: Path) -> None:
+    contracts.metric(registry.load("loraq.metric", name)(), tmp_path)

@@ -14,13 +14,20 @@ from loraq.errors import InputError, LoraqError
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--against", "original", required=True, type=click.Path(path_type=Path), help="The 16-bit pipeline.")
 @click.option(
-    "--prompts", "file", type=click.Path(path_type=Path), help="Text file, a prompt a line, from which --seed chooses."
+    "--prompts",
+    "file",
+    metavar="FILE|mjhq:FOLDER|sdci:FOLDER",
+    help="Text file, a prompt a line, from which --seed chooses; or a data set, drawn as the field's tables are.",
 )
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
 @click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="How many pictures each draws.")
 @click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Seed of the first picture.")
 @click.option("--call", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the pipeline's call.")
 @click.option("--metric", "names", multiple=True, help="What to measure (`loraq list metric`); all, if none is named.")
+@click.option(
+    "--set", "options", multiple=True, metavar="METRIC.OPTION=VALUE", help="Option of a metric: lpips.net=vgg."
+)
+@click.option("--download", is_flag=True, help="Let metrics fetch weights that they lack.")
 @click.option("--require", "required", multiple=True, metavar="GATE", help="Fail unless it holds: 'psnr >= 24'.")
 @click.option("--batch", type=click.IntRange(1), help="Pictures drawn at once; default by their size.")
 @click.option("--device", default="auto", show_default=True)
@@ -31,12 +38,14 @@ from loraq.errors import InputError, LoraqError
 def evaluate(
     folders: tuple[Path, ...],
     original: Path,
-    file: Path | None,
+    file: str | None,
     prompts: tuple[str, ...],
     count: int,
     seed: int,
     settings: tuple[str, ...],
     names: tuple[str, ...],
+    options: tuple[str, ...],
+    download: bool,
     required: tuple[str, ...],
     batch: int | None,
     device: str,
@@ -49,22 +58,44 @@ def evaluate(
     are compared with each other as well, picture by picture. Exit code 1 where a --require is not met.
     """
     from loraq import evaluation
+    from loraq.gates import parse_gate
     from loraq.generate import call_of, recorded_samples
     from loraq.pictures import Drawing, chosen_prompts, fitting_batch, prompts_in
+    from loraq.prompts import is_prompt_set, prompt_set, published_call
 
-    gates = [evaluation.parse_gate(text) for text in required]
-    metrics, refused = evaluation.load_metrics(names, [gate.metric for gate in gates])
+    gates = [parse_gate(text) for text in required]
+    tables = evaluation.metric_tables(options, "--set")
+    metrics, refused = evaluation.load_metrics(
+        names, [gate.metric for gate in gates], tables, where="--set", download=download
+    )
     if file is not None and prompts:
         raise InputError("give either --prompts or --prompt, got both")
-    asked = prompts_in(file) if file is not None else [*prompts] or recorded_samples(folders[0]).get("prompts", [])
-    if not asked:
-        raise InputError(
-            f"{folders[0]}: its recipe records no samples, so there is no prompt; give --prompts or --prompt"
-        )
-    call = call_of(folders[0], settings)
-    chosen = chosen_prompts(asked, count, None if file is None else seed)  # a file may be sorted: choose at random
-    drawing = Drawing(prompts=chosen, seed=seed, call=call, batch=batch or fitting_batch(original, call))
-    found = evaluation.evaluate(folders, original, drawing, metrics, refused=refused, device=device, output=output)
+    seeds: tuple[int, ...] = ()
+    references: tuple[Path, ...] = ()
+    if file is not None and is_prompt_set(file):
+        chosen_set = prompt_set(file, count)
+        chosen, seeds, references = chosen_set.prompts, chosen_set.seeds, chosen_set.references
+        call = published_call(original) | call_of(None, settings)
+    else:
+        asked = prompts_in(Path(file)) if file is not None else [*prompts]
+        asked = asked or recorded_samples(folders[0]).get("prompts", [])
+        if not asked:
+            raise InputError(
+                f"{folders[0]}: its recipe records no samples, so there is no prompt; give --prompts or --prompt"
+            )
+        chosen = chosen_prompts(asked, count, None if file is None else seed)  # a file may be sorted: choose at random
+        call = call_of(folders[0], settings)
+    drawing = Drawing(prompts=chosen, seed=seed, seeds=seeds, call=call, batch=batch or fitting_batch(original, call))
+    found = evaluation.evaluate(
+        folders,
+        original,
+        drawing,
+        metrics,
+        refused=refused,
+        references=references,
+        device=device,
+        output=output,
+    )
     if as_json:
         print_json(found.to_plain())
     else:

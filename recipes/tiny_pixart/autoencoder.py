@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shapes import ByteArray, draw, split_scenes
 from torch.nn import functional
 from upkeep import (
     AveragedWeights,
@@ -24,6 +23,7 @@ from upkeep import (
     save_atomically,
 )
 
+from loraq.shapes import ByteArray, draw, split_scenes
 from models import Vae, build_vae
 
 BATCH = 32

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from shapes import caption, split_scenes
 from torch import nn
 from torch.nn import functional
 from upkeep import (
@@ -25,6 +24,7 @@ from upkeep import (
     save_atomically,
 )
 
+from loraq.shapes import caption, split_scenes
 from models import (
     TRAINING_TIMESTEPS,
     TextEncoder,

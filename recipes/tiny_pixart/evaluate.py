@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from shapes import ATTRIBUTES, ByteArray, Scene, caption, matches, measure, split_scenes
 
+from loraq.shapes import ATTRIBUTES, ByteArray, Scene, caption, matches, measure, split_scenes
 from models import Pipeline, load_pipeline, quieten
 
 BATCH = 48

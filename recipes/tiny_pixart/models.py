@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 import diffusers
 import torch
 import transformers
-from shapes import PICTURE_SIDE, vocabulary
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from loraq.shapes import PICTURE_SIDE, vocabulary
 
 # diffusers loads its classes lazily; type checkers see placeholders without methods in their place.
 library: Any = diffusers

@@ -13,6 +13,7 @@ of that square in pixels, and the size words are ranges of it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -97,6 +98,16 @@ def caption(scene: Scene, phrasing: int = 0) -> str:
     if phrasing == 0:
         return f"a {scene.size} {scene.colour} {scene.shape} on {scene.ground}"
     return f"a {scene.size} {scene.colour} {scene.shape} on a {scene.ground} ground"
+
+
+def scene_of(text: str) -> Scene | None:
+    """The scene that `text` is a caption of, in either phrasing; None for any other text."""
+    return _scenes().get(text)
+
+
+@functools.cache
+def _scenes() -> dict[str, Scene]:
+    return {caption(scene, phrasing): scene for scene in ALL_SCENES for phrasing in (0, 1)}
 
 
 def vocabulary() -> list[str]:
