@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels share: random layers as the CPU kernel's tests have them, and an emulated device."""
+"""What the tests of the CUDA kernels share: random layers, as the CPU kernel's tests have them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraq.kernels.cuda import emulator, instructions, matmul
-from loraq.kernels.cuda.emulator import EmulatedFault, Memory
+from loraq.kernels.cuda.emulated_memory import EmulatedError, Memory
 
 WARP = 32
 
@@ -144,23 +144,23 @@ class TestFaults:
         assert self.run(self.exchange()).tolist() == [each ^ 1 for each in range(64)]
 
     def test_a_missing_barrier_is_a_race(self) -> None:
-        with pytest.raises(EmulatedFault, match="race: shared memory read that another thread wrote"):
+        with pytest.raises(EmulatedError, match="race: shared memory read that another thread wrote"):
             self.run(self.exchange(barrier=False))
 
     def test_reading_what_nothing_wrote(self) -> None:
-        with pytest.raises(EmulatedFault, match="uninitialised shared memory"):
+        with pytest.raises(EmulatedError, match="uninitialised shared memory"):
             self.run(self.exchange(fill=False))
 
     def test_reading_beyond_a_buffer(self) -> None:
-        with pytest.raises(EmulatedFault, match="illegal global access"):
+        with pytest.raises(EmulatedError, match="illegal global access"):
             self.run(self.exchange(beyond=1))
 
     def test_misaligned(self) -> None:
-        with pytest.raises(EmulatedFault, match="misaligned shared access"):
+        with pytest.raises(EmulatedError, match="misaligned shared access"):
             self.run(self.exchange(offset=2))
 
     def test_more_shared_memory_than_there_is(self) -> None:
-        with pytest.raises(EmulatedFault, match="shared access beyond 128 bytes"):
+        with pytest.raises(EmulatedError, match="shared access beyond 128 bytes"):
             self.run(self.exchange(), shared_bytes=128)
 
     def test_overwriting_what_another_thread_may_still_read(self) -> None:
@@ -172,21 +172,21 @@ class TestFaults:
             emulator.sts32(thread * 4, found)
             emulator.stg32_if(y + emulator.u64(thread * 4), found, 1)
 
-        with pytest.raises(EmulatedFault, match="race: shared memory to write was used by another thread"):
+        with pytest.raises(EmulatedError, match="race: shared memory to write was used by another thread"):
             self.run(kernel)
 
     def test_two_threads_writing_one_place(self) -> None:
         def kernel(x: Any, y: Any) -> None:
             emulator.stg32_if(y + emulator.u64((emulator.thread() // 2) * 4), 1, 1)
 
-        with pytest.raises(EmulatedFault, match="two threads write one place"):
+        with pytest.raises(EmulatedError, match="two threads write one place"):
             self.run(kernel)
 
     def test_output_read_before_it_is_written(self) -> None:
         def kernel(x: Any, y: Any) -> None:
             emulator.ldg32(y + emulator.u64(emulator.thread() * 4))
 
-        with pytest.raises(EmulatedFault, match="uninitialised global memory"):
+        with pytest.raises(EmulatedError, match="uninitialised global memory"):
             self.run(kernel)
 
     def copying(self, wait: str | None) -> Any:
@@ -206,14 +206,14 @@ class TestFaults:
 
     @pytest.mark.parametrize("wait", ["copy_wait_1", None])
     def test_a_copy_that_is_not_waited_for(self, wait: str | None) -> None:
-        with pytest.raises(EmulatedFault, match="uninitialised shared memory"):
+        with pytest.raises(EmulatedError, match="uninitialised shared memory"):
             self.run(self.copying(wait))
 
     def test_sums_beyond_int32(self) -> None:
         def kernel(x: Any, y: Any) -> None:
             emulator.mma_s8(*[0x01010101] * 6, *[2**31 - 1] * 4)
 
-        with pytest.raises(EmulatedFault, match="leaves int32"):
+        with pytest.raises(EmulatedError, match="leaves int32"):
             self.run(kernel)
 
 
@@ -235,6 +235,30 @@ MUTANTS = {
 }
 
 
+HOPPER_MUTANTS = {
+    "no fence": ({"fence_async": lambda: None}, "written after the last fence"),
+    "no barrier": ({"barrier": lambda: None}, "race"),
+    "waits for too little": ({"copy_wait_2": lambda: None}, "uninitialised"),
+}
+
+
+@pytest.mark.parametrize("fault", HOPPER_MUTANTS)
+def test_faults_in_hopper_s_product_are_found(fault: str) -> None:
+    import torch
+    from loraq.kernels.cuda import emulated, prepared, runner
+    from random_layers import inputs_of, layout_of, tensors_of
+
+    replaced, message = HOPPER_MUTANTS[fault]
+    layout = layout_of(40, 400, weight="int4x2", activation={"format": "int8", "group": "token"})
+    ready, way = prepared.Prepared.of(layout, tensors_of(layout), "90"), runner.Way(split=False, skinny=False)
+    right, wrong = emulated.EmulatedDevice(), emulated.EmulatedDevice(machine=Mutant(**replaced))
+    made = runner.Runner(ready, way, right, torch.float32, torch.float32, False)
+    made._product = runner.Runner(ready, way, wrong, torch.float32, torch.float32, False)._product
+    made._product._device = right  # the quantizer's output is known there
+    with pytest.raises(EmulatedError, match=message):
+        made(inputs_of(5, 400), None)
+
+
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_faults_in_the_product_s_own_source_are_found(fault: str) -> None:
     import torch
@@ -244,10 +268,9 @@ def test_faults_in_the_product_s_own_source_are_found(fault: str) -> None:
     replaced, message = MUTANTS[fault]
     layout = layout_of(40, 400)
     device = emulated.EmulatedDevice(machine=Mutant(**replaced))
-    made = runner.Runner(
-        prepared.Prepared.of(layout, tensors_of(layout)), device, torch.float32, torch.float32, False
-    )
-    with pytest.raises(EmulatedFault, match=message):
+    ready, way = prepared.Prepared.of(layout, tensors_of(layout), "90"), runner.Way(split=False, skinny=False)
+    made = runner.Runner(ready, way, device, torch.float32, torch.float32, False)
+    with pytest.raises(EmulatedError, match=message):
         made(inputs_of(5, 400), None)
 
 
@@ -261,13 +284,14 @@ def test_a_wrong_mask_gives_wrong_numbers() -> None:
 
     layout = layout_of(40, 128)
     tensors, input = tensors_of(layout), inputs_of(5, 128)
-    made = prepared.Prepared.of(layout, tensors)
+    made = prepared.Prepared.of(layout, tensors, "90")
     outputs = []
-    for magic in (matmul._MAGIC, matmul._MAGIC + 1):
+    for magic in (matmul.MAGIC, matmul.MAGIC + 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(matmul, "_MAGIC", magic)
+            patch.setattr(matmul, "MAGIC", magic)
             device = emulated.EmulatedDevice()
-            outputs.append(runner.Runner(made, device, torch.float32, torch.float32, False)(input, None))
+            way = runner.Way(split=False, skinny=False)
+            outputs.append(runner.Runner(made, way, device, torch.float32, torch.float32, False)(input, None))
     wanted = ops.reference(input, tensors, None, layout)
     assert same(outputs[0], wanted)
     assert not same(outputs[1], wanted)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraq.kernels.cuda import plan
+from loraq.kernels.cuda import plan, runner
 from loraq.kernels.cuda.backend import CudaKernel
 from loraq.kernels.cuda.emulated import EmulatedDevice
 from random_layers import FUSED, SIGNED, inputs_of, layout_of, layouts, same, tensors_of
@@ -43,8 +43,8 @@ def agrees(
     return [type(program).__name__ for program in device.programs]
 
 
-@given(layouts(), st.integers(1, 20), st.booleans(), st.integers(0, 3))
-@settings(max_examples=40)
+@given(layouts(), st.integers(1, 4), st.booleans(), st.integers(0, 3))
+@settings(max_examples=20)
 def test_any_integer_layer_is_the_reference_s(layout: Layout, tokens: int, bias: bool, seed: int) -> None:
     if CudaKernel(EmulatedDevice()).refusal(layout) is None:
         agrees(layout, tokens, bias=bias, seed=seed)
@@ -54,10 +54,13 @@ def test_any_integer_layer_is_the_reference_s(layout: Layout, tokens: int, bias:
 def tensor_core_layouts(draw: st.DrawFn) -> Layout:
     """Layouts that the tensor-core kernels take."""
     out, inn = draw(st.integers(1, 150)), draw(st.integers(1, 700))
-    rank = draw(st.one_of(st.just(0), st.integers(1, 130)))
+    rank = draw(st.one_of(st.just(0), st.integers(1, 140)))
 
     def activation() -> Any:
-        return {"format": draw(st.sampled_from(["int4", "int6", "int8"])), "group": draw(st.sampled_from([64, "token"]))}
+        return {
+            "format": draw(st.sampled_from(["int4", "int6", "int8"])),
+            "group": draw(st.sampled_from([64, "token"])),
+        }
 
     first = activation()
     layout = layout_of(
@@ -78,14 +81,17 @@ def tensor_core_layouts(draw: st.DrawFn) -> Layout:
     tensor_core_layouts(),
     st.integers(1, 40),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.sampled_from(["80", "90"]),
+    st.sampled_from(["80", "90", "90a"]),
     st.integers(0, 3),
+    st.sampled_from([0, 512]),
 )
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_tensor_core_layers_are_the_reference_s(
-    layout: Layout, tokens: int, dtype: torch.dtype, architecture: str, seed: int
+    layout: Layout, tokens: int, dtype: torch.dtype, architecture: str, seed: int, split: int
 ) -> None:
-    agrees(layout, tokens, dtype=dtype, architecture=architecture, seed=seed, bias=seed % 2 == 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "SPLIT_TOKENS", split)
+        agrees(layout, tokens, dtype=dtype, architecture=architecture, seed=seed, bias=seed % 2 == 0)
 
 
 W4A4 = {"activation": "int4", "branch": "int4", "branch_activation": "int8", "transforms": (SIGNED,)}
@@ -96,9 +102,16 @@ class TestWays:
     """Which kernels run what."""
 
     @pytest.mark.parametrize("architecture", ["86", "90"])
-    def test_the_shipped_recipes(self, architecture: str) -> None:
-        names = agrees(layout_of(96, 384, 100, **W4A4), 20, dtype=torch.bfloat16, architecture=architecture)
-        assert names == ["Quantizer", "Matmul"]
+    @pytest.mark.parametrize(
+        ("tokens", "names"),
+        [(3, ["Quantizer", "Thin", "Skinny"]), (20, ["Quantizer", "Thin", "Matmul"]), (21, ["Quantizer", "Matmul"])],
+    )
+    def test_the_shipped_recipes(
+        self, architecture: str, tokens: int, names: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(runner, "SPLIT_TOKENS", 20)
+        found = agrees(layout_of(96, 384, 100, **W4A4), tokens, dtype=torch.bfloat16, architecture=architecture)
+        assert found == names
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
     def test_every_type(self, dtype: torch.dtype) -> None:
@@ -106,17 +119,47 @@ class TestWays:
 
     @pytest.mark.parametrize("tokens", [129, 200])
     def test_more_tokens_than_a_block(self, tokens: int) -> None:
-        agrees(layout_of(130, 128, 70), tokens)
+        agrees(layout_of(70, 64, 8), tokens)
 
     def test_a_longer_run_than_the_ring(self) -> None:
-        agrees(layout_of(40, 64 * 9 + 5, 130), 3)
+        agrees(layout_of(40, 64 * 9 + 5, 70), 17)
+
+    @pytest.mark.parametrize("tokens", [2, 17])
+    def test_a_large_branch(self, tokens: int) -> None:
+        assert "Thin" in agrees(layout_of(40, 100, 300), tokens)
+
+    def test_more_rounds_than_one_with_few_tokens(self) -> None:
+        agrees(layout_of(24, 64 * 33 + 5, 10), 16)
 
     def test_one_scale_a_token(self) -> None:
         agrees(layout_of(40, 700, 100, activation=TOKEN_INT8, branch_activation=TOKEN_INT4, transforms=(SIGNED,)), 17)
 
     @pytest.mark.parametrize("group", [128, 10_000])
     def test_larger_groups_of_weights(self, group: int) -> None:
-        assert agrees(layout_of(40, 300, 100, group=group)) == ["Quantizer", "Matmul"]
+        assert agrees(layout_of(40, 300, 100, group=group)) == ["Quantizer", "Thin", "Skinny"]
+
+    @pytest.mark.parametrize("architecture", ["80", "90"])
+    @pytest.mark.parametrize("activation", [TOKEN_INT8, TOKEN_INT4], ids=["int8", "int4"])
+    def test_two_level_scales(self, activation: Any, architecture: str) -> None:
+        layout = layout_of(70, 700, 100, weight="int4x2", activation=activation, transforms=(SIGNED,))
+        names = agrees(layout, 3, architecture=architecture)
+        assert names == ["Quantizer", "Hopper" if architecture == "90" else "Matmul"]
+
+    @pytest.mark.parametrize("weight", ["int4", "int8"])
+    def test_one_scale_a_row_on_both_sides(self, weight: str) -> None:
+        names = agrees(layout_of(70, 700, 9, weight=weight, group=1000, activation=TOKEN_INT8), 3)
+        assert names == ["Quantizer", "Hopper" if weight == "int4" else "Matmul"]
+
+    @pytest.mark.parametrize("rank", [0, 9, 100])
+    def test_hopper_s_own_product_group_by_group(self, rank: int) -> None:
+        layout = layout_of(140, 330, rank, activation="int4", branch_activation="int8")
+        names = agrees(layout, 3, dtype=torch.bfloat16, architecture="90a")
+        assert names == ["Quantizer", *(["Thin"] if rank else []), "Hopper"]
+
+    @pytest.mark.parametrize(("out", "tokens"), [(33, 5), (200, 3), (64, 130)])
+    def test_hopper_s_own_product(self, out: int, tokens: int) -> None:
+        layout = layout_of(out, 330, weight="int4x2", activation=TOKEN_INT8)
+        assert agrees(layout, tokens, dtype=torch.bfloat16) == ["Quantizer", "Hopper"]
 
     @pytest.mark.parametrize("weight", ["ternary", "int4_asymmetric", "int4x2", "mxint4", "mxint8"])
     def test_other_integers_take_the_plain_kernel(self, weight: str) -> None:
@@ -128,11 +171,11 @@ class TestWays:
     @pytest.mark.parametrize("branch", ["bfloat16", "nvfp4"])
     def test_a_branch_without_integers_runs_in_torch(self, branch: str) -> None:
         assert agrees(layout_of(40, 70, 9, branch=branch, group=16)) == ["Plain"]
-        assert agrees(layout_of(40, 60, 9, branch=branch, group=64)) == ["Quantizer", "Matmul"]
+        assert agrees(layout_of(40, 60, 9, branch=branch, group=64)) == ["Quantizer", "Skinny"]
 
     def test_a_rotation_beyond_128(self) -> None:
         wide = {"strategy": "hadamard", "largest_block": 256}
-        assert agrees(layout_of(40, 256, 9, transforms=(wide,))) == ["Quantizer", "Matmul"]
+        assert agrees(layout_of(40, 256, 9, transforms=(wide,)), 17) == ["Quantizer", "Thin", "Matmul"]
 
     def test_formats_without_integers_are_refused(self) -> None:
         reason = CudaKernel(EmulatedDevice()).refusal(layout_of(8, 64, weight="nvfp4", group=16))
@@ -149,3 +192,24 @@ def test_extreme_inputs_are_the_reference_s(value: float) -> None:
     assert torch.equal(output.isfinite(), wanted.isfinite())
     finite: Tensor = wanted.isfinite()
     assert torch.equal(output[finite], wanted[finite])
+
+
+@given(
+    st.lists(st.floats(-149, 127), min_size=16, max_size=16),
+    st.sampled_from(["int4", "int6", "int8"]),
+    st.integers(0, 3),
+)
+@settings(max_examples=30)
+def test_codes_at_either_end_of_float32_are_the_reference_s(exponents: list[float], format: str, seed: int) -> None:
+    """Scales from the smallest to the largest, and values in the middle of two codes."""
+    layout = layout_of(16, 64, activation=format)
+    tensors = tensors_of(layout, seed)
+    halves = torch.randint(-255, 256, (16, 64), generator=torch.Generator().manual_seed(seed)) / 2
+    halves[:, 0] = 127
+    input = halves * torch.exp2(torch.tensor(exponents).unsqueeze(1).floor() - 6)
+    device = EmulatedDevice()
+    output = CudaKernel(device).linear(input, tensors, None, layout)
+    assert same(output, ops.reference(input, tensors, None, layout))
+    coded = ops.quantize_activation(input, layout.activation)
+    codes = next(made.keeper for made in device.outputs if made.keeper.dtype == torch.uint8)[: 16 * 64]
+    assert torch.equal(codes.view(torch.int8).view(16, 64), coded.codes)

@@ -1,0 +1,192 @@
+"""The backend: which layers the CUDA kernels take, and one call of a layer.
+
+Three ways, by what a layer's layout is:
+
+- the tensor-core kernels: one launch rounds the input and computes the branch's thin rows (quantizer.py), a second one
+  multiplies (matmul.py, or skinny.py for few tokens). Transforms or a branch that they do not do run in torch beside;
+- other integers: rounding in torch, products by the plain kernel (plain.py);
+- anything else is refused, and the torch reference runs on the GPU.
+
+A layer's repacked form belongs to its stored tensors and their versions, as in the CPU backend: it is made anew when
+they are replaced or written in place, and goes when the first of them goes. Inference tensors have no versions, so that
+writing into those in place is not noticed.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from loraq import ops
+from loraq.contracts import AbstractKernel
+
+from . import driver, fallback, plan, runner, skinny
+from .device import AbstractDevice
+from .prepared import Prepared
+from .runner import KINDS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loraq.layout import Layout
+
+_LOCK = threading.Lock()
+
+
+@attrs.define(eq=False)
+class _Entry:
+    """A layer made ready, the state of the tensors it was made from, and its bias as the kernels read it."""
+
+    layout: Layout
+    architecture: str
+    ready: Prepared | fallback.PlainLayer
+    tensors: tuple[weakref.ref[Tensor], ...]
+    states: tuple[tuple[int, int], ...]
+    bias: tuple[weakref.ref[Tensor], tuple[int, int], Tensor] | None = None
+
+    def fits(self, layout: Layout, tensors: Mapping[str, Tensor], architecture: str) -> bool:
+        """Whether `tensors` are still those, unchanged, and mean the same."""
+        if (self.layout is not layout and self.layout != layout) or self.architecture != architecture:
+            return False
+        for reference, state, tensor in zip(self.tensors, self.states, tensors.values(), strict=True):
+            if reference() is not tensor or state != _state(tensor):
+                return False
+        return True
+
+    def padded_bias(self, bias: Tensor, ready: Prepared) -> Tensor:
+        """The bias for the kernels, kept while it is unchanged."""
+        kept = self.bias
+        if kept is None or kept[0]() is not bias or kept[1] != _state(bias):
+            kept = self.bias = (weakref.ref(bias), _state(bias), ready.bias(bias))
+            _settle(bias)
+        return kept[2]
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to, or made to share other memory."""
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+def _settle(tensor: Tensor) -> None:
+    """Wait until what was just made of `tensor` is there: later calls may be on other streams. Once a layer."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+
+
+_ENTRIES: dict[int, _Entry] = {}
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"loraq: {reason}; until then packed layers run in plain torch on the GPU.", stacklevel=2)
+
+
+@attrs.frozen
+class CudaKernel(AbstractKernel):
+    """Packed linears of integer formats on CUDA GPUs. `device` None is the GPU that a layer's tensors are on."""
+
+    device: AbstractDevice | None = None
+
+    @property
+    def device_type(self) -> str:
+        return "cuda"
+
+    def refusal(self, layout: Layout) -> str | None:
+        reason = plan.misfit(layout, "main")
+        if reason is not None:
+            reason = fallback.misfit(layout)
+        if reason is None and self.device is None:
+            reason = driver.refusal()
+            if reason is not None and "pip install" in reason:
+                _warn_once(reason)
+        return reason
+
+    def linear(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
+        if self.device is None and input.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(input.device):
+                return self._linear(input, tensors, bias, layout)
+        return self._linear(input, tensors, bias, layout)
+
+    def _linear(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
+        device = self.device or driver.gpu(input.get_device())
+        entry = _entry(tensors, layout, device.architecture)
+        ready = entry.ready
+        if isinstance(ready, fallback.PlainLayer):
+            return ready(input, bias, device)
+        if layout.rank and not ready.plan.rank:
+            return _with_branch_in_torch(ready, device, input, tensors, bias)
+        kind = input.dtype if input.dtype in KINDS else torch.float32
+        rows = input
+        if not ready.plan.fused:
+            rows = layout.transformed(input.float(), tensors)
+        elif kind != input.dtype:
+            rows = input.float()
+        padded = None if bias is None else entry.padded_bias(bias, ready)
+        output = _run(ready, device, _aligned(rows), kind, padded)
+        return output if kind == input.dtype else output.to(input.dtype)
+
+
+def _entry(tensors: Mapping[str, Tensor], layout: Layout, architecture: str) -> _Entry:
+    first = tensors["main.codes"]
+    entry = _ENTRIES.get(id(first))
+    if entry is not None and entry.fits(layout, tensors, architecture):
+        return entry
+    with _LOCK:
+        entry = _ENTRIES.get(id(first))
+        if entry is not None and entry.fits(layout, tensors, architecture):
+            return entry
+        states = tuple(_state(tensor) for tensor in tensors.values())
+        ready = _made(layout, tensors, architecture)
+        weakref.finalize(first, _ENTRIES.pop, id(first), None).atexit = False
+        _settle(first)
+        entry = _Entry(layout, architecture, ready, tuple(weakref.ref(tensor) for tensor in tensors.values()), states)
+        _ENTRIES[id(first)] = entry
+    return entry
+
+
+def _made(layout: Layout, tensors: Mapping[str, Tensor], architecture: str) -> Prepared | fallback.PlainLayer:
+    if plan.misfit(layout, "main") is None:
+        return Prepared.of(layout, tensors, architecture)
+    return fallback.PlainLayer.of(layout, tensors)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """`rows` contiguous and beginning at a multiple of 16 bytes, as the kernels read them."""
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def _run(ready: Prepared, device: AbstractDevice, input: Tensor, output: torch.dtype, bias: Tensor | None) -> Tensor:
+    """The kernels' output in dtype `output`, by this thread's launches: their arguments are written at every call."""
+    tokens = input.shape[0]
+    # Kept with the layer, for as long as it lives. The sizes of a call decide its way.
+    size = 0 if tokens <= skinny.TOKENS else 1 if tokens <= runner.SPLIT_TOKENS else 2
+    key = (threading.get_ident(), size, input.dtype, output, bias is None, id(device))
+    found = ready.runners.get(key)
+    if found is None:
+        way = runner.Way.of(ready.plan, tokens, device.architecture)
+        found = ready.runners[key] = runner.Runner(ready, way, device, input.dtype, output, bias is not None)
+    return found(input, bias)
+
+
+def _with_branch_in_torch(
+    ready: Prepared, device: AbstractDevice, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None
+) -> Tensor:
+    """The main product here and the branch as the reference has it, for a branch that the kernels do not take."""
+    layout = ready.layout
+    transformed = layout.transformed(input.float(), tensors)
+    output = _run(ready, device, _aligned(transformed), torch.float32, None)
+    rounded = ops.quantize_activation(transformed, layout.branch_activation)
+    thin = ops.product(rounded, layout.coded("down", tensors))
+    rounded = ops.quantize_activation(thin, layout.branch_activation)
+    output = output + ops.product(rounded, layout.coded("up", tensors))
+    if bias is not None:
+        output = output + bias.float()
+    return output.to(input.dtype)

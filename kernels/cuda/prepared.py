@@ -1,0 +1,125 @@
+"""A layer made ready for the tensor-core kernels: its matrices in their order (layouts.py), on their device."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from loraq.integer_formats import TwoLevelIntegerFormat
+
+from . import layouts
+from .layouts import GROUP
+from .plan import ROWS, SMOOTHINGS, Plan, transform_chain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loraq.layout import Layout
+
+    from .runner import Runner
+
+
+@attrs.frozen(eq=False)
+class Weight:
+    """A matrix's codes in the kernels' order, and its scales as bfloat16 bits.
+
+    Where sums stay integers, `scales` are integers, too, and `row_scales` (padded out,) are bfloat16 bits.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    row_scales: Tensor | None = None
+
+
+@attrs.frozen(eq=False)
+class Prepared:
+    """A layer's plan and tensors; `factors` (padded columns,) float32 is what divides or multiplies the input."""
+
+    layout: Layout
+    plan: Plan
+    main: Weight
+    down: Weight | None
+    up: Weight | None
+    factors: Tensor | None
+    runners: dict[Hashable, Runner] = attrs.field(factory=dict, repr=False)
+    """The launches of this layer (runner.py), by thread, type and size of call."""
+
+    @classmethod
+    def of(cls, layout: Layout, tensors: Mapping[str, Tensor], architecture: str) -> Prepared:
+        """The layer of these stored tensors for a GPU of this architecture; its layout must fit."""
+        plan = Plan.of(layout)
+        natural = plan.for_hopper(architecture)
+        return cls(
+            layout=layout,
+            plan=plan,
+            main=_integer_weight(layout, tensors, natural)
+            if plan.integers
+            else _weight(layout, "main", tensors, natural),
+            down=_weight(layout, "down", tensors) if plan.rank else None,
+            up=_weight(layout, "up", tensors) if plan.rank else None,
+            factors=_factors(layout, plan, tensors),
+        )
+
+    @property
+    def bytes(self) -> int:
+        """What the repacked matrices take beside the checkpoint's tensors."""
+        weights = [each for each in (self.main, self.down, self.up) if each is not None]
+        return sum(part.numel() * part.element_size() for each in weights for part in (each.codes, each.scales))
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """`bias` (out,) as the kernels read it: (padded out,) float32."""
+        padded = torch.zeros(self.plan.padded_out, device=bias.device)  # new memory: `bias` may begin anywhere
+        padded[: self.plan.out] = bias.detach()
+        return padded
+
+
+def _weight(layout: Layout, matrix: str, tensors: Mapping[str, Tensor], natural: bool = False) -> Weight:
+    coded = layout.coded(matrix, tensors)
+    codes, scales, group = coded.format.integer_view(coded)
+    scales = layouts.group_scales(scales, group, codes.shape[1], ROWS)
+    if matrix == "down":
+        return Weight(layouts.byte_rows(codes, ROWS), scales)
+    # The branch's `up` is small: its codes take bytes whatever they are.
+    if matrix == "main" and coded.format.bits <= 4:
+        ordered = layouts.natural_nibbles if natural else layouts.output_nibbles
+        return Weight(ordered(codes, ROWS), scales)
+    return Weight(layouts.output_bytes(codes, ROWS), scales)
+
+
+def _integer_weight(layout: Layout, tensors: Mapping[str, Tensor], natural: bool) -> Weight:
+    """The main matrix as codes, an integer a group, and a scale a row; `natural` is the order of columns for wgmma."""
+    coded = layout.coded("main", tensors)
+    codes, columns = coded.codes, layout.inn
+    if isinstance(coded.format, TwoLevelIntegerFormat):
+        multipliers, row_scales = coded.parts["multipliers"], coded.parts["row_scales"]
+    else:
+        multipliers, row_scales = torch.ones_like(coded.scales), coded.scales
+    spread = layouts.group_values(multipliers.to(torch.int16), coded.group, columns, ROWS)
+    ordered = layouts.output_nibbles if coded.format.bits <= 4 else layouts.output_bytes
+    if natural:
+        ordered = layouts.natural_nibbles
+    by_row = layouts.group_values(row_scales.to(torch.bfloat16).view(torch.int16), columns, GROUP, ROWS)
+    return Weight(ordered(codes, ROWS), spread, by_row.reshape(-1))
+
+
+def _factors(layout: Layout, plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The factors of the input's columns, filled up with ones to whole rounds of the quantizer."""
+    if plan.factors == "none":
+        return None
+    chain = transform_chain(layout) or []
+    found: Tensor | None = None
+    if chain[0]["strategy"] in SMOOTHINGS:
+        found = _online(layout, tensors, 0, "scales").float()
+    if chain[-1].get("signs"):  # dividing by a negative number is dividing, then changing the sign
+        signs = 1 - 2 * _online(layout, tensors, len(chain) - 1, "signs").float()
+        found = signs if found is None else found * signs
+    assert found is not None, "the plan has factors"
+    return torch.nn.functional.pad(found, (0, layouts.padded(layout.inn, 8 * GROUP) - layout.inn), value=1.0)
+
+
+def _online(layout: Layout, tensors: Mapping[str, Tensor], index: int, name: str) -> Tensor:
+    part = layout.transforms[index].parts(layout.inn)[name]
+    return layout.packing.unpack(tensors[f"transform.{index}.{name}"], part)

@@ -1,0 +1,101 @@
+"""The thin rows of few tokens: the quantizer's scaled sums added up in the order of the groups, and rounded.
+
+With few tokens the quantizer's blocks take 8 groups each, so that there are enough of them, and leave
+terms (groups, padded tokens, rank_groups · 64) float32. Here a warp takes a token, each lane two neighbouring columns
+of every 64; 8 groups are read ahead of their additions. Codes and scales come out as the quantizer would write them.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Kernels are typed by Numba.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import attrs
+
+from . import codes
+from .program import AbstractProgram
+
+TOKENS = 4
+"""Tokens a block."""
+
+
+@attrs.frozen
+class Thin(AbstractProgram):
+    """Configuration: 64s of columns, the largest code, and whether a token has one scale."""
+
+    rank_groups: int
+    top: int
+    whole: bool
+
+    @property
+    def operands(self) -> str:
+        return "UUUss"
+
+    @property
+    def threads(self) -> int:
+        return 32 * TOKENS
+
+    @property
+    def resident(self) -> int:
+        return 4
+
+    @property
+    def shared_bytes(self) -> int:
+        return 0
+
+    def make(self, gpu: ModuleType) -> Callable[..., None]:
+        return _make(gpu, self)
+
+
+def _make(gpu: Any, program: Thin) -> Callable[..., None]:
+    rank_groups, whole, registers = program.rank_groups, program.whole, gpu.registers
+    kept, read = rank_groups * 2, rank_groups * 16
+    encode = codes.encoder(gpu, program.top)
+
+    @gpu.device
+    def largest(sums, group):
+        found = gpu.fmax(gpu.fabs(sums[group * 2]), gpu.fabs(sums[group * 2 + 1]))
+        found = gpu.fmax(found, gpu.as_float(gpu.lane_xor_1(gpu.bits(found))))
+        found = gpu.fmax(found, gpu.as_float(gpu.lane_xor_2(gpu.bits(found))))
+        found = gpu.fmax(found, gpu.as_float(gpu.lane_xor_4(gpu.bits(found))))
+        found = gpu.fmax(found, gpu.as_float(gpu.lane_xor_8(gpu.bits(found))))
+        return gpu.fmax(found, gpu.as_float(gpu.lane_xor_16(gpu.bits(found))))
+
+    def kernel(terms, thin, thin_scales, padded_tokens, groups):
+        thread = gpu.thread()
+        lane, token = thread & 31, gpu.block_x() * 4 + (thread >> 5)
+        sums, ahead = registers(kept, gpu.f32), registers(read, gpu.u32)
+        for place in range(kept):
+            sums[place] = gpu.f32(0)
+        for base in range(0, groups, 8):
+            for group in range(8):
+                line = ((base + group) * padded_tokens + token) * rank_groups
+                for part in range(rank_groups):
+                    at = terms + gpu.u64((line + part) * 256 + lane * 8)
+                    pair = gpu.ldg64_if(at, gpu.u32(base + group < groups))
+                    ahead[(group * rank_groups + part) * 2] = pair[0]
+                    ahead[(group * rank_groups + part) * 2 + 1] = pair[1]
+            for group in range(8):
+                for place in range(kept):
+                    sums[place] = gpu.fadd(sums[place], gpu.as_float(ahead[group * kept + place]))
+        limits, values, words = registers(rank_groups, gpu.f32), registers(4, gpu.f32), registers(1, gpu.u32)
+        for part in range(rank_groups):
+            limits[part] = largest(sums, part)
+        if whole:
+            for part in range(1, rank_groups):
+                limits[0] = gpu.fmax(limits[0], limits[part])
+        for part in range(rank_groups):
+            for place in range(2):
+                # Two lanes' columns make a word: the even lane writes its own and its neighbour's.
+                values[place] = sums[part * 2 + place]
+                values[2 + place] = gpu.as_float(gpu.lane_xor_1(gpu.bits(sums[part * 2 + place])))
+            scale = encode(values, 0, 4, limits[0] if whole else limits[part], words, 0)
+            line = part * padded_tokens + token
+            gpu.stg32_if(thin + gpu.u64(line * 64 + lane * 2), words[0], gpu.u32((lane & 1) == 0))
+            gpu.stg32_if(thin_scales + gpu.u64(line * 4), gpu.bits(scale), gpu.u32(lane == 0))
+
+    return kernel
