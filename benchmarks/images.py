@@ -7,10 +7,10 @@ Each cell quantizes the model in memory by one method and draws pictures of the 
 model (which computes in float32, as every model does on a CPU). Columns: PSNR to the 16-bit model's pictures; the
 paired difference to SVDQuant (svd with a 16-bit branch, the same bytes, pre-transform, scales and activations); the
 share of pictures that show the size, colour, shape and ground that the caption says, read from the picture by
-recipes/tiny_pixart/shapes.py, which has nothing learned in it; the packed layers' bytes. Means come with 95 %
-intervals (loraq/bootstrap.py), shares with Wilson's. Three captions in eight are of scenes on which the model was not
-trained, and no caption comes twice. Finished cells lie in --keep and are not repeated, unless a source file or a
-setting changed.
+loraq/shapes.py, which has nothing learned in it; the packed layers' bytes. Means come with 95 % intervals
+(loraq/bootstrap.py), shares with Wilson's. Three captions in eight are of scenes on which the model was not trained,
+and no caption comes twice. Finished cells lie in --keep and are not repeated, unless a source file or a setting
+changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import argparse
 import copy
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -33,16 +32,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import loraq
-from loraq.bootstrap import Interval, interval
+from loraq.bootstrap import Interval, interval, wilson
 from loraq.pictures import Drawing, fingerprint
 from loraq.progress import Progress
 from loraq.samples import draw_together, load_pipeline, psnr
+from loraq.shapes import Scene, caption, matches, measure, split_scenes
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "recipes" / "tiny_pixart"))  # the model's own scripts import one another by name
-
-from shapes import Scene, caption, matches, measure, split_scenes  # noqa: E402
-
 MODEL = ROOT / "recipes" / "tiny-pixart-sigma"
 BASELINE = "svd W16"
 
@@ -56,6 +52,10 @@ class Method:
     options: dict[str, Any] = attrs.field(factory=dict)
     main: str = "rtn"
     calibrated: bool = False
+    weight: dict[str, Any] = attrs.field(factory=lambda: {"weight": "int4"})
+    """Options of the main quantizer's codes."""
+    transform: str = ""
+    """A pre-transform of its own, in place of the setting's."""
 
 
 W8A8 = {"weight": "int8", "activation": "int8"}
@@ -76,8 +76,11 @@ METHODS: dict[str, Method] = {
     "loraq W8A8 noise": Method("loraq_fast", W8A8, QUIET),
     "loraq W4A8 noise": Method("loraq_fast", W4A8, QUIET),
     "loraq W4A8 gptq": Method("loraq_fast", W4A8, FAST, main="gptq", calibrated=True),
+    "sdnq int4": Method("sdnq_svd", main="sdnq", transform="sdnq_hadamard"),
+    "sdnq uint4": Method("sdnq_svd", main="sdnq", transform="sdnq_hadamard", weight={"weight": "uint4", "group": 128}),
 }
-"""By name. "noise" counts the rounding of the input in the fit; "gptq" rounds the main codes at last."""
+"""By name. "noise" counts the rounding of the input in the fit; "gptq" rounds the main codes at last. sdnq is the
+library of that name, with its own SVD and Hadamard matrix; it needs peers/ installed."""
 USUAL = (
     "rtn",
     BASELINE,
@@ -119,8 +122,8 @@ class Cell:
         budget = {} if method.low_rank == "none" else {"budget": self.budget}
         return loraq.Pipeline(
             [
-                loraq.stage("pre_transform", self.transform),
-                loraq.stage("main_quantizer", method.main, weight="int4", activation=self.activation),
+                loraq.stage("pre_transform", method.transform or self.transform),
+                loraq.stage("main_quantizer", method.main, **method.weight, activation=self.activation),
                 loraq.stage("low_rank", method.low_rank, **budget, **method.options),
                 loraq.stage("branch_quantizer", "none" if method.branch is None else "rtn", **(method.branch or {})),
             ],
@@ -259,14 +262,6 @@ def code_digest() -> str:
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def wilson(right: int, total: int) -> tuple[float, float, float]:
-    """A share and its 95 % interval (Wilson 1927), which is sound near 0 and 1, where the bootstrap's is too narrow."""
-    share, z = right / total, 1.959964
-    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return share, max(0.0, centre - half), min(1.0, centre + half)
 
 
 def ratios(drawn: Drawn, original: Drawn) -> list[float]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from loraq.adapters import Lora as Lora
     from loraq.calibration import Calibration as Calibration
     from loraq.errors import LoraqError as LoraqError
     from loraq.linear import PackedLinear as PackedLinear
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibration",
+    "Lora",
     "LoraqError",
     "Override",
     "PackedLinear",
@@ -45,6 +47,7 @@ __all__ = [
 
 _HOMES = {
     "Calibration": ("loraq.calibration", "Calibration"),
+    "Lora": ("loraq.adapters", "Lora"),
     "LoraqError": ("loraq.errors", "LoraqError"),
     "Override": ("loraq.recipe", "Override"),
     "PackedLinear": ("loraq.linear", "PackedLinear"),

@@ -82,7 +82,7 @@ def fault(recipe: dict[str, Any], *set_: str) -> str:
         ("low_rank.rank", [4], "stage[2].rank: expected an integer, got [4]"),
         ("run.seed", "0", "run.seed: expected an integer, got '0'"),
         ("run.seed", False, "run.seed: expected an integer, got False"),
-        ("run.device", 0, "run.device: expected a string, got 0"),
+        ("run.device", 0, "run.device: expected a string or an array of strings, got 0"),
         ("run.output", ["out"], "run.output: expected a string, got ['out']"),
         ("model.folder", 3, "model.folder: expected a string, got 3"),
         ("model.component", 3, "model.component: expected a string or an array of strings, got 3"),

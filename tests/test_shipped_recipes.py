@@ -20,7 +20,7 @@ from loraq.strategies.pre_transform.smooth_calibrated import SmoothCalibrated
 
 import models
 from loraq import recipe as recipes
-from loraq import registry
+from loraq import registry, shapes
 from loraq.calibration import open_prompts
 from loraq.contracts import AbstractCalibrated
 from loraq.plan import make_plan
@@ -150,7 +150,6 @@ def test_a_recipe_is_written_to_the_folder_of_its_name() -> None:
 
 
 def test_the_small_models_prompts_are_captions_it_was_trained_on_and_no_sample_of_a_recipe() -> None:
-    shapes = script(RECIPES / "tiny_pixart" / "shapes.py")
     seen, held_out = (
         {shapes.caption(scene, way): scene for scene in half for way in (0, 1)} for half in shapes.split_scenes()
     )

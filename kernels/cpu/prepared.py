@@ -199,7 +199,10 @@ class _Maker:
         """Keep `array` as aligned as vectors want it; its address."""
         size = array.nbytes + 64
         # Long-lived blocks between short-lived ones would leave holes in the heap, 15 % of a model.
-        room = numpy.frombuffer(mmap.mmap(-1, size, flags=_PRIVATE), numpy.uint8) if size > _MAPPED else numpy.empty(size, numpy.uint8)
+        if size > _MAPPED:
+            room = numpy.frombuffer(mmap.mmap(-1, size, flags=_PRIVATE), numpy.uint8)
+        else:
+            room = numpy.empty(size, numpy.uint8)
         start = -room.ctypes.data % 64
         held = room[start : start + array.nbytes]
         held[:] = array.reshape(-1).view(numpy.uint8)
