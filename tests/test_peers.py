@@ -26,7 +26,7 @@ from matrices import context, seeded, trained
 
 PEERS = Path(__file__).parent.parent / "peers"
 if importlib.util.find_spec("loraq_peers") is None:
-    pytest.skip("peers/ is not installed (pip install ./peers)", allow_module_level=True)
+    pytest.skip("peers/ is not installed (pip install -e ./peers)", allow_module_level=True)
 
 from loraq_peers import compare
 from loraq_peers.formats import UINT4_OFFSET, UINT4_OFFSET32, UINT4_ZERO

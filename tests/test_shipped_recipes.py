@@ -200,7 +200,7 @@ def test_readmes_recipes_are_there() -> None:
     text = (ROOT / "README.md").read_text()
     rows = [
         line.split("|")[1]
-        for line in text[text.index("## Recipes") : text.index("## Calibration")].splitlines()
+        for line in text[text.index("## Recipes") : text.index("## More")].splitlines()
         if "`" in line and line.startswith("|")
     ]
     named: set[str] = set()

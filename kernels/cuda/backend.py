@@ -27,7 +27,7 @@ import torch
 from loraq import ops
 from loraq.contracts import AbstractKernel
 
-from . import driver, fallback, plan, runner, skinny
+from . import cache, driver, fallback, plan, runner, skinny
 from .device import AbstractDevice
 from .prepared import Prepared
 from .runner import KINDS
@@ -109,10 +109,14 @@ class CudaKernel(AbstractKernel):
         return reason
 
     def linear(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
-        if self.device is None and input.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(input.device):
-                return self._linear(input, tensors, bias, layout)
-        return self._linear(input, tensors, bias, layout)
+        try:
+            if self.device is None and input.get_device() != torch.cuda.current_device():
+                with torch.cuda.device(input.device):
+                    return self._linear(input, tensors, bias, layout)
+            return self._linear(input, tensors, bias, layout)
+        except cache.NoCubinError as error:
+            _warn_once(str(error))
+            return ops.reference(input, tensors, bias, layout)
 
     def _linear(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
         device = self.device or driver.gpu(input.get_device())

@@ -16,6 +16,8 @@ from loraq.kernels.cuda.backend import CudaKernel
 from loraq.kernels.cuda.plain import Plain
 from random_layers import inputs_of, layout_of, tensors_of
 
+from loraq import ops
+
 MANY = runner.Way(split=False, skinny=False)
 
 
@@ -126,6 +128,21 @@ def test_scratch_memory_does_not_overlap(api: StandIn) -> None:
     places = [api.argument(1, place) for place in (0, 4, 1, 5)]
     sizes = [groups * rows * 64, rank_groups * rows * 64, groups * rows * 4]
     assert [after - before for before, after in itertools.pairwise(places)] == sizes
+
+
+def test_a_kernel_that_is_nowhere_leaves_the_layer_to_the_reference(
+    api: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(program: object, architecture: str) -> bytes:
+        raise cache.NoCubinError("there is no such cubin")
+
+    monkeypatch.setattr(cache, "cubin", nowhere)
+    backend._warn_once.cache_clear()
+    layout = layout_of(40, 64)
+    tensors, input = tensors_of(layout), inputs_of(3, 64)
+    with pytest.warns(UserWarning, match="there is no such cubin; until then packed layers run in plain torch"):
+        output = CudaKernel(device_of(api)).linear(input, tensors, None, layout)
+    assert torch.equal(output, ops.reference(input, tensors, None, layout))
 
 
 def test_a_thread_without_a_context_gets_torch_s(api: StandIn) -> None:
