@@ -48,12 +48,30 @@ def call_of(folder: Path | None, settings: Sequence[str]) -> dict[str, Any]:
 
 def recorded_samples(folder: Path) -> dict[str, Any]:
     """The table [samples] of the recipe that made a quantized folder; empty where there is none."""
+    samples = _recorded(folder, "samples")
+    if not isinstance(samples.get("call", {}), dict):
+        raise CheckpointError(f"{folder / PROVENANCE}: cannot be read (samples.call is no table).")
+    return samples
+
+
+def unlike_original(folder: Path, original: Path) -> str | None:
+    """A sentence where `folder` was made of other weights than those that lie in `original`; None where not."""
+    model = _recorded(folder, "model")
+    merged = [f"model.{name}" for name in ("lora", "file") if model.get(name)]
+    if not merged:
+        return None
+    return (
+        f"{folder} was made with {' and '.join(merged)}, and {original} is drawn as it lies there: differences between "
+        "the two are not quantization's alone; give --against a folder with the same weights merged."
+    )
+
+
+def _recorded(folder: Path, table: str) -> dict[str, Any]:
+    """A table of the recipe that made a quantized folder; empty where there is none."""
     path = folder / PROVENANCE
     if not path.exists():
         return {}
     try:
-        samples = dict(json.loads(path.read_text(encoding="utf-8"))["recipe"].get("samples") or {})
-        dict(samples.get("call", {}))
-        return samples
+        return dict(json.loads(path.read_text(encoding="utf-8"))["recipe"].get(table) or {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error!r}).") from None

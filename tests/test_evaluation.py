@@ -25,9 +25,10 @@ import models
 from command import Forker, done, loraq, process, refused
 from loraq import evaluation, pictures
 from loraq.contracts import AbstractMetric
-from loraq.errors import InputError, LoraqError, RegistryError
+from loraq.errors import CheckpointError, InputError, LoraqError, RegistryError
 from loraq.evaluation import load_metrics
 from loraq.gates import Gate, parse_gate
+from loraq.generate import unlike_original
 from loraq.pictures import Drawing, chosen_prompts, draw_into, fitting_batch
 from loraq.samples import draw, load_pipeline
 
@@ -435,3 +436,19 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], home: Path) -> N
     finished = loraq("evaluate", *(argument.format(home=home) for argument in arguments))
     assert (finished.code, finished.out) == (2, "")
     assert "Usage: " in finished.err
+
+
+def test_other_weights_than_the_original_s_are_told(tmp_path: Path) -> None:
+    merged, plain, other = tmp_path / "merged", tmp_path / "plain", tmp_path / "other"
+    for folder, model in ((merged, {"folder": "m", "lora": [["style.safetensors", 0.8]]}), (plain, {"folder": "m"})):
+        folder.mkdir()
+        (folder / "loraq.json").write_text(json.dumps({"recipe": {"model": model}}))
+    told = unlike_original(merged, other)
+    assert told is not None
+    assert "made with model.lora" in told
+    assert "--against" in told
+    assert unlike_original(plain, other) is None
+    assert unlike_original(other, other) is None
+    (plain / "loraq.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        unlike_original(plain, other)

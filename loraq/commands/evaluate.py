@@ -59,10 +59,12 @@ def evaluate(
     """
     from loraq import evaluation
     from loraq.gates import parse_gate
-    from loraq.generate import call_of, recorded_samples
+    from loraq.generate import call_of, recorded_samples, unlike_original
     from loraq.pictures import Drawing, chosen_prompts, fitting_batch, prompts_in
     from loraq.prompts import is_prompt_set, prompt_set, published_call
 
+    for warning in filter(None, (unlike_original(folder, original) for folder in folders)):
+        click.echo(f"warning: {warning}", err=True)
     gates = [parse_gate(text) for text in required]
     tables = evaluation.metric_tables(options, "--set")
     metrics, refused = evaluation.load_metrics(
