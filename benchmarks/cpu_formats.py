@@ -54,7 +54,7 @@ def layer_of(out: int, inn: int, options: dict[str, Any]) -> PackedLinear:
     if rank:
         plain |= {"down": BRANCH, "up": BRANCH, "branch_activation": "none"}
     layout = Layout.from_plain(plain)
-    parts = {}
+    parts: dict[str, Tensor] = {}
     for name, storage, rows, columns in layout.matrices():
         coded = storage.format.encode(torch.randn(rows, columns) / columns**0.5, storage.group)
         parts |= {f"{name}.{key}": part for key, part in coded.parts.items()}

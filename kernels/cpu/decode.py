@@ -18,9 +18,8 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 
-from .memory import intrinsic, llvm
+from .memory import called_with, llvm
 from .tile import OUTPUTS, VNNI512, Machine
 
 LANES = 16
@@ -39,27 +38,15 @@ def decoder(machine: Machine, bits: int, *, integers: bool = False) -> Any:
     `integers` takes the codes for two's complement integers of 8 bits, without a table.
     """
 
-    def typed(typing_context: Any, arguments: Any) -> Any:
-        del typing_context, arguments
+    def write(builder: Any, given: dict[str, Any]) -> None:
+        lookup = _integers(builder) if integers else _lookup(builder, machine, bits, given["values"])
+        group, columns = given["group"], given["columns"]
+        with llvm.for_range_slice(builder, _long(0), columns, group, _LONG) as (start, _):
+            rest = builder.sub(columns, start)
+            count = builder.select(builder.icmp_signed("<", rest, group), rest, group)
+            _decode_group(builder, bits, lookup, given, start, count)
 
-        def generate(context: Any, builder: Any, signature: Any, address: Any) -> Any:
-            del signature
-            given = {}
-            for index, name in enumerate(ARGUMENTS):
-                place = builder.inttoptr(builder.add(address[0], _long(8 * index)), _LONG.as_pointer())
-                given[name] = builder.load(place)
-            lookup = _integers(builder) if integers else _lookup(builder, machine, bits, given["values"])
-            group, columns = given["group"], given["columns"]
-            with llvm.for_range_slice(builder, _long(0), columns, group, _LONG) as (start, _):
-                rest = builder.sub(columns, start)
-                count = builder.select(builder.icmp_signed("<", rest, group), rest, group)
-                _decode_group(builder, bits, lookup, given, start, count)
-            return context.get_dummy_value()
-
-        return types.void(types.int64), generate
-
-    typed.__name__ = f"decoder_{machine.name}_{bits}{'_integers' if integers else ''}".replace("-", "_")
-    return intrinsic(typed)
+    return called_with(f"decoder_{machine.name}_{bits}{'_integers' if integers else ''}", ARGUMENTS, write)
 
 
 def _decode_group(builder: Any, bits: int, lookup: Any, given: dict[str, Any], start: Any, count: Any) -> None:

@@ -16,10 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 
-from .memory import intrinsic, llvm
-from .tile import OUTPUTS, Machine
+from .memory import called_with, llvm
+from .tile import OUTPUTS, Machine, micro_tiles
 
 _INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -41,27 +40,13 @@ adds to what the output holds."""
 def float_panel(machine: Machine, *sizes: int) -> Any:
     """The intrinsic of a panel: Numba code calls it with the address of ARGUMENTS. `sizes` as tile.panel has them."""
 
-    def typed(typing_context: Any, arguments: Any) -> Any:
-        del typing_context, arguments
+    def write(builder: Any, values: dict[str, Any]) -> None:
+        def tile(size: int, token: Any) -> None:
+            _tile(builder, machine.lanes, size, values, token)
 
-        def generate(context: Any, builder: Any, signature: Any, address: Any) -> Any:
-            del signature
-            values = {}
-            for index, name in enumerate(ARGUMENTS):
-                place = builder.inttoptr(builder.add(address[0], _long(8 * index)), _LONG.as_pointer())
-                values[name] = builder.load(place)
-            start = _long(0)
-            for size in sizes:
-                stop = builder.mul(builder.udiv(values["tokens"], _long(size)), _long(size))
-                with llvm.for_range_slice(builder, start, stop, _long(size), _LONG) as (token, _):
-                    _tile(builder, machine.lanes, size, values, token)
-                start = stop
-            return context.get_dummy_value()
+        micro_tiles(builder, sizes, values["tokens"], tile)
 
-        return types.void(types.int64), generate
-
-    typed.__name__ = f"float_panel_{machine.name}".replace("-", "_")
-    return intrinsic(typed)
+    return called_with(f"float_panel_{machine.name}", ARGUMENTS, write)
 
 
 def _tile(builder: Any, lanes: int, tokens: int, values: dict[str, Any], first: Any) -> None:

@@ -33,6 +33,30 @@ def intrinsic(definition: Callable[..., Any]) -> Any:
     return numba.extending.intrinsic(definition)
 
 
+def called_with(name: str, arguments: tuple[str, ...], write: Callable[[Any, dict[str, Any]], None]) -> Any:
+    """The intrinsic `name`, which takes the address of its arguments, int64 one after the other in memory.
+
+    `write(builder, values)` writes its code, given the arguments' values by name.
+    """
+
+    def typed(typing_context: Any, address: Any) -> Any:
+        del typing_context, address
+
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            del signature
+            values = {}
+            for index, argument in enumerate(arguments):
+                place = builder.inttoptr(builder.add(given[0], ir.Constant(_LONG, 8 * index)), _LONG.as_pointer())
+                values[argument] = builder.load(place)
+            write(builder, values)
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    typed.__name__ = name.replace("-", "_")
+    return intrinsic(typed)
+
+
 @intrinsic
 def pointer(typing_context: Any, address: Any) -> Any:
     """An untyped pointer from an address, for numba.carray."""

@@ -24,13 +24,13 @@ Machines differ in speed alone: integer sums are exact and the floating point op
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 from llvmlite import ir
-from numba import types
 
-from .memory import intrinsic, llvm
+from .memory import called_with, llvm
 
 OUTPUTS = 32
 """Outputs (weight rows) of one panel of weights."""
@@ -78,27 +78,23 @@ def panel(machine: Machine, bits: int, *sizes: int) -> Any:
     as will fill it, the rest through the others.
     """
 
-    def typed(typing_context: Any, arguments: Any) -> Any:
-        del typing_context, arguments
+    def write(builder: Any, values: dict[str, Any]) -> None:
+        def tile(size: int, token: Any) -> None:
+            _Tile(builder, machine, bits, size, _from_token(builder, values, token)).build()
 
-        def generate(context: Any, builder: Any, signature: Any, address: Any) -> Any:
-            del signature
-            values = {}
-            for index, name in enumerate(ARGUMENTS):
-                place = builder.inttoptr(builder.add(address[0], _long(8 * index)), _LONG.as_pointer())
-                values[name] = builder.load(place)
-            start = _long(0)
-            for size in sizes:
-                stop = builder.mul(builder.udiv(values["tokens"], _long(size)), _long(size))
-                with llvm.for_range_slice(builder, start, stop, _long(size), _LONG) as (token, _):
-                    _Tile(builder, machine, bits, size, _from_token(builder, values, token)).build()
-                start = stop
-            return context.get_dummy_value()
+        micro_tiles(builder, sizes, values["tokens"], tile)
 
-        return types.void(types.int64), generate
+    return called_with(f"panel_{machine.name}_int{bits}", ARGUMENTS, write)
 
-    typed.__name__ = f"panel_{machine.name}_int{bits}".replace("-", "_")
-    return intrinsic(typed)
+
+def micro_tiles(builder: Any, sizes: tuple[int, ...], tokens: Any, tile: Callable[[int, Any], None]) -> None:
+    """Loops over `tokens` by `sizes`, see `panel`; `tile(size, token)` writes the code for `size` of them."""
+    start = _long(0)
+    for size in sizes:
+        stop = builder.mul(builder.udiv(tokens, _long(size)), _long(size))
+        with llvm.for_range_slice(builder, start, stop, _long(size), _LONG) as (token, _):
+            tile(size, token)
+        start = stop
 
 
 def _from_token(builder: Any, values: dict[str, Any], token: Any) -> dict[str, Any]:
