@@ -152,15 +152,19 @@ def test_the_theme_follows_the_system_and_the_button(page: Any) -> None:
     def ground() -> str:
         return str(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
 
-    light = ground()
+    def ramp() -> str:  # drawn a frame later than the page is told of its theme
+        script = """const found = () => arguments[0](document.querySelector('.ramp canvas').toDataURL());
+        requestAnimationFrame(() => requestAnimationFrame(found));"""
+        return str(page.execute_async_script(script))
+
+    light, bright = ground(), ramp()
     emulate(page, "dark")
     dark = ground()
     assert light != dark
-    ramp = "return document.querySelector('.ramp canvas').toDataURL()"
-    before = eventually(lambda: page.execute_script(ramp))
+    assert eventually(lambda: ramp() != bright), "the colours turn with the theme"
     one(page, "#theme").click()
     assert ground() == light
-    assert page.execute_script(ramp) != before, "the colours turn with the theme"
+    assert eventually(lambda: ramp() == bright)
     one(page, "#theme").click()
     assert ground() == dark
     emulate(page, "light")
