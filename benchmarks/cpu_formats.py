@@ -26,6 +26,7 @@ from loraq.linear import PackedLinear
 
 BRANCH = {"format": "bfloat16", "group": 64}
 LAYERS: dict[str, dict[str, Any]] = {
+    "W4A4, no branch": {"activation": "int4"},
     "W4A4, 16-bit branch, rotated": {"activation": "int4", "rank": 32, "transforms": [{"strategy": "hadamard"}]},
     "W4A4, 16-bit branch": {"activation": "int4", "rank": 32},
     "W4A16": {"activation": "none"},
