@@ -18,27 +18,33 @@ else:
     from loraq.lazy import torch
 
 _ELEMENTS = 2**18
-"""As many elements a block has at most, unless a row alone has more."""
+"""As many elements a block has at most, unless a row alone has more: a MiB of float32, which a core's cache holds."""
+_ELEMENTS_ELSEWHERE = 2**24
+"""The same off the CPU, where each operation takes its time to launch."""
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
     """Slices that cover the rows of a matrix (rows, columns), in order."""
     rows, columns = matrix.shape
-    step = max(1, _ELEMENTS // max(1, columns))
+    elements = _ELEMENTS if matrix.device.type in ("cpu", "meta") else _ELEMENTS_ELSEWHERE
+    step = max(1, elements // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def by_rows(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
-    """`function(matrix)` for a function of (rows, columns) that treats every row alone: row k of the result is its."""
+def by_rows(function: Callable[..., Tensor], matrix: Tensor, *others: Tensor) -> Tensor:
+    """`function(matrix, *others)` for a function that treats every row alone: row k of the result is of their rows k.
+
+    All have as many rows; `matrix` (rows, columns), the widest, says how many are taken at a time.
+    """
     blocks = list(row_blocks(matrix))
     if len(blocks) < 2:
-        return function(matrix)
-    first = function(matrix[blocks[0]])
+        return function(matrix, *others)
+    first = function(*(each[blocks[0]] for each in (matrix, *others)))
     result = torch.empty((len(matrix), *first.shape[1:]), dtype=first.dtype, device=first.device)
     result[blocks[0]] = first
     for block in blocks[1:]:
-        result[block] = function(matrix[block])
+        result[block] = function(*(each[block] for each in (matrix, *others)))
     return result
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from loraq.blocks import by_rows, row_blocks
 from loraq.contracts import AbstractFormat
 from loraq.formats import IntegerFormat, grouped, largest, no_integers, recoded, scaled, ungrouped
 from loraq.layer import Coded, Part, groups_of
@@ -63,8 +64,7 @@ class MixedWidthFormat(AbstractFormat):
 
     def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
         choices = [grid.encode(values, group, limits, full_range=full_range) for grid in self.grids]
-        errors = torch.stack([(values - choice.decode()).double().square().sum(dim=1) for choice in choices])
-        return self.joined(choices, split(errors))
+        return self.joined(choices, split(torch.stack([row_errors(values, choice) for choice in choices])))
 
     def joined(self, choices: list[Coded], widths: Tensor) -> Coded:
         """The rows of `choices`, all of the same matrix in the three grids: row r from `choices[widths[r]]`."""
@@ -126,6 +126,16 @@ class MixedWidthFormat(AbstractFormat):
     def with_points(self, coded: Coded, indices: Tensor) -> Coded:
         halves = 2 ** (self.bits - 2 + self.widths(coded)).unsqueeze(1)
         return self._with_integers(coded, torch.minimum(indices, 2 * halves - 1) - halves)
+
+
+def row_errors(values: Tensor, coded: Coded, gram: Tensor | None = None) -> Tensor:
+    """Each row's squared rounding error, (rows,) float64: of the output where `gram` (inn, inn) is given."""
+    metric = None if gram is None else gram.double()
+    found = torch.empty(len(values), dtype=torch.float64, device=values.device)
+    for rows in row_blocks(values):
+        errors = (values[rows] - coded.rows(rows.start, rows.stop).decode()).double()
+        found[rows] = ((errors if metric is None else errors @ metric) * errors).sum(dim=1)
+    return found
 
 
 def split(errors: Tensor, order: Tensor | None = None) -> Tensor:
@@ -195,10 +205,13 @@ class BinaryResidualFormat(AbstractFormat):
         return recoded(values, Coded(self, (values.shape[0], values.shape[1]), group, parts))
 
     def decode(self, coded: Coded) -> Tensor:
-        codes = grouped(coded.codes.float() + 0.5, coded.group) * coded.scales.float().unsqueeze(-1)
-        signs = grouped(coded.parts["signs"].float() * 2 - 1, coded.group)
-        residual = signs * coded.parts["residual_scales"].float().unsqueeze(-1)
-        return ungrouped(codes + residual, coded.shape[1]).contiguous()
+        def decoded(codes: Tensor, signs: Tensor, scales: Tensor, residual_scales: Tensor) -> Tensor:
+            main = grouped(codes.float() + 0.5, coded.group) * scales.unsqueeze(-1)
+            residual = grouped(signs.float() * 2 - 1, coded.group) * residual_scales.unsqueeze(-1)
+            return ungrouped(main + residual, coded.shape[1]).contiguous()
+
+        signs, residual_scales = coded.parts["signs"], coded.parts["residual_scales"].float()
+        return by_rows(decoded, coded.codes, signs, coded.scales.float(), residual_scales)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)

@@ -38,19 +38,24 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if out < inn:
         up, down = truncated_svd(weight.T, rank)
         return down.T.contiguous(), up.T.contiguous()
-    values = weight.double()
-    peak = float(values.abs().max()) if values.numel() else 0.0
+    peak = max((abs(float(end)) for end in torch.aminmax(weight)), default=0.0) if weight.numel() else 0.0
     if peak == 0:
-        return weight.new_zeros(out, rank), weight.new_zeros(rank, inn)
-    values = values / peak if values is weight else values.div_(peak)  # so that no square underflows
-    eigenvalues, vectors = torch.linalg.eigh(values.T @ values)
+        return weight.new_zeros(out, rank, dtype=torch.float32), weight.new_zeros(rank, inn, dtype=torch.float32)
+    blocks = torch.split(weight, max(1, inn // 4))  # no copy in float64 of more than a quarter of the Gram matrix
+    gram = torch.zeros(inn, inn, dtype=torch.float64, device=weight.device)
+    for block in blocks:
+        values = block.double() / peak  # so that no square underflows
+        gram.addmm_(values.T, values)
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    del gram
     missing = max(0, rank - inn)
     squares = torch.nn.functional.pad(eigenvalues.flip(0)[:rank].clamp(min=0), (0, missing))
     squares = torch.where(squares > 1e-13 * squares[0], squares, 0)
     roots = squares.pow(0.25) * math.sqrt(peak)
     inverse = torch.where(roots > 0, peak / roots, 0)
     right = torch.nn.functional.pad(vectors.flip(1)[:, :rank], (0, missing))
-    return (values @ right * inverse).float(), (right * roots).T.float().contiguous()
+    up = torch.cat([(block.double() / peak @ right * inverse).float() for block in blocks])
+    return up, (right * roots).T.float().contiguous()
 
 
 def approximate_svd(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -136,6 +141,16 @@ def weighted_svd(weight: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tenso
     singular = columns.square().sum(dim=0)  # of up's columns U Σ^½
     inverse = torch.where(singular > 0, 1 / singular, 0)
     return up.float(), ((columns * inverse).T @ values).float().contiguous()
+
+
+def left_by(weight: Tensor, main: Coded, out: Tensor | None = None) -> Tensor:
+    """What the main codes leave of `weight`, (out, inn) float32; written to `out`, which may be `weight`, if given."""
+    if not row_local(main.format):
+        return torch.sub(weight, main.decode(), out=out)
+    left = torch.empty_like(weight) if out is None else out
+    for rows in row_blocks(weight):
+        torch.sub(weight[rows], main.rows(rows.start, rows.stop).decode(), out=left[rows])
+    return left
 
 
 def coded(up: Tensor, down: Tensor, branch: AbstractQuantizer, context: LayerContext) -> tuple[Coded, Coded]:

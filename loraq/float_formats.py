@@ -15,19 +15,19 @@ as cuDNN and Transformer Engine have it.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import attrs
 
 from loraq.contracts import AbstractFormat, AbstractLookup
 from loraq.formats import (
-    divided,
+    codes_of,
     integer_lookup,
     largest,
     no_integers,
     scaled,
     scaled_points,
-    ungrouped,
     with_codes,
 )
 from loraq.layer import Coded, Lookup, Part, groups_of
@@ -147,11 +147,11 @@ class FloatGroupFormat(AbstractFormat, AbstractLookup):
         del full_range  # the sign is a bit of its own
         rows, columns = values.shape
         scales = ((largest(values, group) if limits is None else limits) / self.grid.top).to(torch.bfloat16)
-        codes = ungrouped(self.grid.encode(divided(values, scales.float(), group)), columns)
-        return Coded(self, (rows, columns), group, {"codes": codes.contiguous(), "scales": scales})
+        codes = codes_of(self.grid.encode, values, scales, group)
+        return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
-        return scaled(self.grid.decode(coded.codes), coded.scales.float(), coded.group)
+        return scaled(coded.codes, coded.scales.float(), coded.group, self.grid.values(coded.codes.device))
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)
@@ -204,15 +204,15 @@ class MicroscalingFormat(AbstractFormat, AbstractLookup):
         emax = 0 if isinstance(self.grid, int) else self.grid.largest_exponent
         exponents = torch.frexp(reached).exponent - 1 - emax + _E8M0_BIAS
         exponents = torch.where(reached > 0, exponents.clamp(0, _E8M0_LARGEST), 0).to(torch.uint8)
-        units = divided(values, self._scales(exponents), group)
-        if isinstance(self.grid, int):
-            limit = 2 ** (self.grid - 1) - 1
-            codes = units.round().clamp(-limit - 1 if full_range else -limit, limit).to(torch.int8)
-        else:
-            codes = self.grid.encode(units)
-        return Coded(
-            self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "exponents": exponents}
-        )
+        codes = codes_of(functools.partial(self._codes, full_range=full_range), values, self._scales(exponents), group)
+        return Coded(self, (rows, columns), group, {"codes": codes, "exponents": exponents})
+
+    def _codes(self, units: Tensor, *, full_range: bool) -> Tensor:
+        """The codes of values in units of their block's scale."""
+        if not isinstance(self.grid, int):
+            return self.grid.encode(units)
+        limit = 2 ** (self.grid - 1) - 1
+        return units.round().clamp(-limit - 1 if full_range else -limit, limit).to(torch.int8)
 
     def _scales(self, exponents: Tensor) -> Tensor:
         """What one unit of a block's codes is worth, float32; exact powers of two."""
@@ -220,9 +220,8 @@ class MicroscalingFormat(AbstractFormat, AbstractLookup):
         return torch.exp2(exponents.double() - _E8M0_BIAS - self._shift).float()
 
     def decode(self, coded: Coded) -> Tensor:
-        codes = coded.codes
-        values = codes.float() if isinstance(self.grid, int) else self.grid.decode(codes)
-        return scaled(values, self._scales(coded.parts["exponents"]), coded.group)
+        table = None if isinstance(self.grid, int) else self.grid.values(coded.codes.device)
+        return scaled(coded.codes, self._scales(coded.parts["exponents"]), coded.group, table)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         if not self.integer:
@@ -286,12 +285,12 @@ class TwoLevelFloatFormat(AbstractFormat, AbstractLookup):
         matrix_scale = (peak / (E2M1.top * E4M3.top)).reshape(1)
         divisor = torch.where(matrix_scale > 0, matrix_scale, torch.inf)
         scales = E4M3.encode(reached / E2M1.top / divisor)
-        codes = E2M1.encode(divided(values, E4M3.decode(scales) * matrix_scale, group))
-        parts = {"codes": ungrouped(codes, columns).contiguous(), "scales": scales, "matrix_scale": matrix_scale}
+        codes = codes_of(E2M1.encode, values, E4M3.decode(scales) * matrix_scale, group)
+        parts = {"codes": codes, "scales": scales, "matrix_scale": matrix_scale}
         return Coded(self, (rows, columns), group, parts)
 
     def decode(self, coded: Coded) -> Tensor:
-        return scaled(E2M1.decode(coded.codes), self._scales(coded), coded.group)
+        return scaled(coded.codes, self._scales(coded), coded.group, E2M1.values(coded.codes.device))
 
     def _scales(self, coded: Coded) -> Tensor:
         """What one unit of a block's codes is worth, (rows, groups) float32."""

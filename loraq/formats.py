@@ -12,12 +12,13 @@ the limit is a maximum, so it cannot change a scale.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from loraq import registry
-from loraq.blocks import row_blocks
+from loraq.blocks import by_rows, row_blocks
 from loraq.contracts import AbstractFormat, AbstractLookup
 from loraq.layer import Coded, Lookup, Part, groups_of
 
@@ -46,7 +47,7 @@ def ungrouped(values: Tensor, columns: int) -> Tensor:
 
 def largest(values: Tensor, group: int) -> Tensor:
     """Each group's largest magnitude, (rows, groups)."""
-    return grouped(values, group).abs().amax(dim=-1)
+    return by_rows(lambda part: grouped(part, group).abs().amax(dim=-1), values)
 
 
 def _stored_scales(limits: Tensor, top: float) -> Tensor:
@@ -60,14 +61,25 @@ def divided(values: Tensor, scales: Tensor, group: int) -> Tensor:
     return grouped(values, group) / torch.where(divisor == 0, torch.inf, divisor)
 
 
-def scaled(values: Tensor, scales: Tensor, group: int) -> Tensor:
-    """`values * scale` (rows, columns), each group's columns times its scale of `scales` (rows, groups)."""
+def scaled(values: Tensor, scales: Tensor, group: int, table: Tensor | None = None) -> Tensor:
+    """`values * scale` (rows, columns), each group's columns times its scale of `scales` (rows, groups).
+
+    With a `table`, `values` are indices into it.
+    """
     columns = values.shape[1]
     result = torch.empty(values.shape, dtype=scales.dtype, device=values.device)
     for rows in row_blocks(values):
-        part = values[rows].to(scales.dtype)
+        part = values[rows].to(scales.dtype) if table is None else table[values[rows].long()]
         result[rows] = ungrouped(grouped(part, group) * scales[rows].unsqueeze(-1), columns)
     return result
+
+
+def codes_of(function: Callable[[Tensor], Tensor], values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """The codes (rows, columns) that `function` gives to `values / scale`, which it gets as `divided` makes them."""
+    columns = values.shape[1]
+    return by_rows(
+        lambda part, steps: ungrouped(function(divided(part, steps, group)), columns).contiguous(), values, scales
+    )
 
 
 def nearest(values: Tensor, points: Tensor) -> Tensor:
@@ -82,8 +94,12 @@ def nearest(values: Tensor, points: Tensor) -> Tensor:
 
 def recoded(values: Tensor, like: Coded) -> Coded:
     """`values` (rows, columns) rounded to the nearest points under the scales of `like`, all of which are kept."""
-    indices = nearest(grouped(values, like.group), like.format.points(like))
-    return like.format.with_points(like, ungrouped(indices, values.shape[1]))
+
+    def chosen(values: Tensor, like: Coded) -> Coded:
+        indices = nearest(grouped(values, like.group), like.format.points(like))
+        return like.format.with_points(like, ungrouped(indices, values.shape[1]))
+
+    return coded_by_rows(chosen, values, like)
 
 
 def with_codes(coded: Coded, codes: Tensor) -> Coded:
@@ -130,8 +146,8 @@ class IntegerFormat(AbstractFormat, AbstractLookup):
         rows, columns = values.shape
         scales = _stored_scales(largest(values, group) if limits is None else limits, self.limit)
         lowest = -self.limit - 1 if full_range else -self.limit
-        codes = divided(values, scales, group).round_().clamp_(lowest, self.limit).to(torch.int8)
-        return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
+        codes = codes_of(lambda x: x.round_().clamp_(lowest, self.limit).to(torch.int8), values, scales, group)
+        return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
         return scaled(coded.codes, coded.scales.float(), coded.group)
@@ -191,12 +207,12 @@ class TableFormat(AbstractFormat, AbstractLookup):
         top = float(table.abs().max())
         scales = _stored_scales(largest(values, group) if limits is None else limits, top)
         middles = (table[1:] + table[:-1]) / 2
-        codes = torch.bucketize(divided(values, scales, group), middles).to(torch.uint8)
-        return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
+        codes = codes_of(lambda x: torch.bucketize(x, middles).to(torch.uint8), values, scales, group)
+        return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
         table = torch.tensor(self.table, dtype=torch.float32, device=coded.codes.device)
-        return scaled(table[coded.codes.long()], coded.scales.float(), coded.group)
+        return scaled(coded.codes, coded.scales.float(), coded.group, table)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)
@@ -293,3 +309,37 @@ def row_local(format: AbstractFormat) -> bool:
         return torch.equal(coded.rows(1, 4).decode(), coded.decode()[1:4])
     except (ValueError, IndexError, RuntimeError):
         return False
+
+
+@functools.cache
+def row_wise(format: AbstractFormat) -> bool:
+    """Whether each row is coded by itself, so that a matrix may be coded a few rows at a time. Found by trying."""
+    values = torch.randn(5, 70, generator=torch.Generator().manual_seed(0)).mul_(torch.arange(1.0, 6).unsqueeze(1))
+    group = 64 if format.block is None else format.block
+    whole, part = (format.encode(each, group).parts for each in (values, values[1:4]))
+    return all(len(whole[name]) == len(values) and torch.equal(whole[name][1:4], part[name]) for name in whole)
+
+
+def coded_by_rows(function: Callable[..., Coded], values: Tensor, like: Coded | None = None) -> Coded:
+    """`function(values, like)` of a function that codes every row by itself, a few rows at a time.
+
+    `values` is (rows, columns) and so is `like`, without which `function` gets `values` alone; where its format cannot
+    be cut (`row_local`) all rows are taken at once. What all rows share must be the same for any of them.
+    """
+    blocks = list(row_blocks(values))
+    if len(blocks) < 2 or not (like is None or row_local(like.format)):
+        return function(values) if like is None else function(values, like)
+    rows, columns = values.shape
+    parts: dict[str, Tensor] = {}
+    for block in blocks:
+        cut = () if like is None else (like.rows(block.start, block.stop),)
+        found = function(values[block], *cut)
+        described = found.format.parts(rows, columns, found.group)
+        for name, tensor in found.parts.items():
+            if tensor.shape == described[name].shape:
+                parts[name] = tensor
+                continue
+            if name not in parts:
+                parts[name] = torch.empty(described[name].shape, dtype=tensor.dtype, device=tensor.device)
+            parts[name][block] = tensor
+    return Coded(found.format, (rows, columns), found.group, parts)

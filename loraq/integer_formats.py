@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from loraq.blocks import by_rows
 from loraq.contracts import AbstractFormat, AbstractLookup
 from loraq.formats import (
+    codes_of,
     divided,
     grouped,
     integer_lookup,
@@ -73,13 +75,13 @@ class AsymmetricFormat(AbstractFormat):
         top = 2**self.bits - 1
         scales = ((high / top) - (low / top)).to(torch.bfloat16)
         zeros = divided(-low, scales.float(), 1).squeeze(-1).round().clamp(0, top)
-        codes = divided(values, scales.float(), group).round_().add_(zeros.unsqueeze(-1)).clamp_(0, top)
-        parts = {
-            "codes": ungrouped(codes.to(torch.uint8), columns).contiguous(),
-            "scales": scales,
-            "zeros": zeros.to(torch.uint8),
-        }
-        return Coded(self, (rows, columns), group, parts)
+
+        def rounded(part: Tensor, steps: Tensor, middles: Tensor) -> Tensor:
+            units = divided(part, steps, group).round_().add_(middles.unsqueeze(-1)).clamp_(0, top)
+            return ungrouped(units.to(torch.uint8), columns).contiguous()
+
+        codes = by_rows(rounded, values, scales.float(), zeros)
+        return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales, "zeros": zeros.to(torch.uint8)})
 
     def decode(self, coded: Coded) -> Tensor:
         integers, scales, group = self.integer_view(coded)
@@ -130,14 +132,20 @@ class OffsetFormat(AbstractFormat, AbstractLookup):
         # The codes' middle is at -1/2.
         offsets = (low / 2 + high / 2 + scales.float() / 2).to(torch.bfloat16)
         limit = 2 ** (self.bits - 1)
-        steps = torch.where(scales == 0, torch.inf, scales.float()).unsqueeze(-1)
-        codes = (grouped(values, group) - offsets.float().unsqueeze(-1)).div_(steps).round_().clamp_(-limit, limit - 1)
-        codes = ungrouped(codes.to(torch.int8), columns).contiguous()
+
+        def rounded(part: Tensor, steps: Tensor, middles: Tensor) -> Tensor:
+            units = (grouped(part, group) - middles.unsqueeze(-1)).div_(steps.unsqueeze(-1)).round_()
+            return ungrouped(units.clamp_(-limit, limit - 1).to(torch.int8), columns).contiguous()
+
+        codes = by_rows(rounded, values, torch.where(scales == 0, torch.inf, scales.float()), offsets.float())
         return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales, "offsets": offsets})
 
     def decode(self, coded: Coded) -> Tensor:
-        products = grouped(coded.codes.float(), coded.group) * coded.scales.float().unsqueeze(-1)
-        return ungrouped(products + coded.parts["offsets"].float().unsqueeze(-1), coded.shape[1]).contiguous()
+        def decoded(codes: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+            products = grouped(codes.float(), coded.group) * scales.unsqueeze(-1)
+            return ungrouped(products.add_(offsets.unsqueeze(-1)), coded.shape[1]).contiguous()
+
+        return by_rows(decoded, coded.codes, coded.scales.float(), coded.parts["offsets"].float())
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         raise no_integers(self)
@@ -156,8 +164,8 @@ class OffsetFormat(AbstractFormat, AbstractLookup):
 
 def _range_with_zero(values: Tensor, group: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Each group's least and largest value or 0, shrunk to `limits` where given: two of (rows, groups)."""
-    parted = grouped(values, group)
-    low, high = parted.amin(dim=-1).clamp(max=0), parted.amax(dim=-1).clamp(min=0)
+    low = by_rows(lambda part: grouped(part, group).amin(dim=-1), values).clamp(max=0)
+    high = by_rows(lambda part: grouped(part, group).amax(dim=-1), values).clamp(min=0)
     if limits is None:
         return low, high
     reached = torch.maximum(-low, high)
@@ -191,11 +199,11 @@ class TernaryFormat(AbstractFormat):
         del full_range  # there are three codes
         rows, columns = values.shape
         if limits is None:
-            present = grouped(torch.ones_like(values), group).sum(dim=-1)  # padding does not count
-            limits = grouped(values, group).abs().sum(dim=-1) / present
+            present = grouped(torch.ones_like(values[:1]), group).sum(dim=-1)  # padding does not count
+            limits = by_rows(lambda part: grouped(part, group).abs().sum(dim=-1), values) / present
         scales = limits.to(torch.bfloat16)
-        codes = divided(values, scales.float(), group).round_().clamp_(-1, 1).to(torch.int8)
-        return Coded(self, (rows, columns), group, {"codes": ungrouped(codes, columns).contiguous(), "scales": scales})
+        codes = codes_of(lambda x: x.round_().clamp_(-1, 1).to(torch.int8), values, scales, group)
+        return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales})
 
     def decode(self, coded: Coded) -> Tensor:
         return scaled(coded.codes, coded.scales.float(), coded.group)
@@ -243,17 +251,18 @@ class TwoLevelIntegerFormat(AbstractFormat):
         multipliers = divided(wanted, row_scales.float(), wanted.shape[1]).squeeze(1)
         # A group that is not all zeros has at least 1, or it would vanish.
         multipliers = torch.where(reached > 0, multipliers.round().clamp(1, _LARGEST_MULTIPLIER), 0)
-        codes = divided(values, multipliers * row_scales.float(), group).round().clamp(-8 if full_range else -7, 7)
+        lowest = -8 if full_range else -7
+        scales = multipliers * row_scales.float()
         parts = {
-            "codes": ungrouped(codes.to(torch.int8), columns).contiguous(),
+            "codes": codes_of(lambda x: x.round_().clamp_(lowest, 7).to(torch.int8), values, scales, group),
             "multipliers": multipliers.to(torch.uint8),
             "row_scales": row_scales,
         }
         return Coded(self, (rows, columns), group, parts)
 
     def decode(self, coded: Coded) -> Tensor:
-        integers, scales, _ = self.integer_view(coded)
-        return integers.float() * scales
+        integers, scales, group = self.integer_view(coded)
+        return scaled(integers, scales, group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         multipliers = coded.parts["multipliers"].to(torch.int8)

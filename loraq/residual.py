@@ -21,9 +21,10 @@ import math
 from typing import TYPE_CHECKING
 
 from loraq import formats
-from loraq.blocks import norm, row_blocks
+from loraq.blocks import by_rows, norm, row_blocks
 from loraq.contracts import AbstractPlainRounding, AbstractQuantizer
 from loraq.factors import distance
+from loraq.formats import row_local
 from loraq.layer import Coded, Fit
 
 if TYPE_CHECKING:
@@ -93,19 +94,32 @@ class ResidualRounding:
         """(E weighted by crest, in the dtype of `product`, and ||E||) for `product` (out, inn), noise included."""
         if self._fused is not None:
             return self._fused.step(product, self.crest, self._noise)
-        residual = self._weight / self._unit - product.float()
-        self._guess = self._main.round(residual * self._unit, self._guess)
-        error = residual - self._guess.decode() / self._unit
+        residual = by_rows(lambda part, taken: part - taken.float() * self._unit, self._weight, product)
+        guess = self._guess = self._main.round(residual, self._guess)
+        if not row_local(guess.format):
+            error, loss = self._error(residual, guess)
+            return error.to(product.dtype), loss
+        errors, loss = torch.empty_like(product), 0.0
+        for rows in row_blocks(residual):
+            error, part = self._error(residual[rows], guess.rows(rows.start, rows.stop))
+            errors[rows] = error.to(product.dtype)
+            loss = math.hypot(loss, part)
+        return errors, loss
+
+    def _error(self, residual: Tensor, guess: Coded) -> tuple[Tensor, float]:
+        """E weighted by crest, and ||E||, noise included, for R times the unit and its codes."""
+        error = (residual - guess.decode()) / self._unit
         loss = float(torch.linalg.vector_norm(error))
-        if self.crest > 0 and self._guess.format.integer:
-            _, scales, group = self._guess.format.integer_view(self._guess)
+        if self.crest > 0 and guess.format.integer:
+            _, scales, group = guess.format.integer_view(guess)
             steps = formats.grouped(error, group) / torch.where(scales > 0, scales / self._unit, torch.inf).unsqueeze(2)
             share = (2 * formats.ungrouped(steps, error.shape[1])).square_().clamp_(max=4)
             error = error * (1 - self.crest + self.crest * share)
         if self._noise:
-            error = torch.add(error, residual, alpha=self._noise)
-            loss = math.hypot(loss, math.sqrt(self._noise) * float(torch.linalg.vector_norm(residual)))
-        return error.to(product.dtype), loss
+            share_of_input = residual / self._unit
+            error = torch.add(error, share_of_input, alpha=self._noise)
+            loss = math.hypot(loss, math.sqrt(self._noise) * float(torch.linalg.vector_norm(share_of_input)))
+        return error, loss
 
 
 def root_mean_square(values: Tensor) -> float:

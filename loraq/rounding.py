@@ -18,8 +18,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from loraq import formats
+from loraq.blocks import row_blocks
 from loraq.contracts import AbstractFormat
-from loraq.layer import Coded
+from loraq.layer import Coded, groups_of
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,20 @@ def searched(values: Tensor, format: AbstractFormat, group: int, guess: Coded | 
 
 def searched_reference(values: Tensor, format: AbstractFormat, group: int, guess: Coded | None = None) -> Coded:
     """`searched` in plain torch, for any format and device."""
+
+    def limited(values: Tensor, guess: Coded | None = None) -> Coded:
+        return _limited(values, format, group, guess)
+
+    found = formats.coded_by_rows(limited, values, guess) if formats.row_wise(format) else limited(values, guess)
+    if isinstance(format, formats.IntegerFormat):
+        return found
+    # Where groups share a second scale (nvfp4, int4x2), the best limits for each need not be the best together.
+    plain = format.encode(values, group)
+    return found if squared_error(values, found).sum() <= squared_error(values, plain).sum() else plain
+
+
+def _limited(values: Tensor, format: AbstractFormat, group: int, guess: Coded | None) -> Coded:
+    """`values` (rows, columns) rounded with the limit of least squared error for each group by itself."""
     start, factors = formats.largest(values, group), factors_for(format)
     if guess is not None and isinstance(format, formats.IntegerFormat):
         guessed = guess.scales.float()
@@ -86,12 +101,7 @@ def searched_reference(values: Tensor, format: AbstractFormat, group: int, guess
         better = error < best_error
         best_limits = torch.where(better, limits, best_limits)
         best_error = torch.where(better, error, best_error)
-    found = format.encode(values, group, best_limits, full_range=True)
-    if isinstance(format, formats.IntegerFormat):
-        return found
-    # Where groups share a second scale (nvfp4, int4x2), the best limits for each need not be the best together.
-    plain = format.encode(values, group)
-    return found if squared_error(values, found).sum() <= squared_error(values, plain).sum() else plain
+    return format.encode(values, group, best_limits, full_range=True)
 
 
 def factors_for(format: AbstractFormat) -> tuple[float, ...]:
@@ -101,7 +111,17 @@ def factors_for(format: AbstractFormat) -> tuple[float, ...]:
 
 def squared_error(values: Tensor, coded: Coded) -> Tensor:
     """Each group's squared rounding error, (rows, groups) float32, summed in the kernel's order."""
-    squares = formats.grouped(values - coded.decode(), coded.group).square_()
+    if not formats.row_local(coded.format):
+        return _lane_sums(values - coded.decode(), coded.group)
+    found = torch.empty(len(values), groups_of(values.shape[1], coded.group), device=values.device)
+    for rows in row_blocks(values):
+        found[rows] = _lane_sums(values[rows] - coded.rows(rows.start, rows.stop).decode(), coded.group)
+    return found
+
+
+def _lane_sums(errors: Tensor, group: int) -> Tensor:
+    """The sums of squares of `errors` (rows, columns) over each group, (rows, groups), in the kernel's order."""
+    squares = formats.grouped(errors, group).square_()
     rows, groups, group = squares.shape
     if group % LANES:
         squares = torch.nn.functional.pad(squares, (0, LANES - group % LANES))

@@ -42,5 +42,5 @@ class Alternating(AbstractLowRank):
             up, down = factors.coded(*factors.truncated_svd(target, rank), branch, context)
             fit = factors.finished(weight, up, down, main, context)
             best = factors.best(weight, [best, fit], context)
-            target = weight - fit.main.decode()
+            target = factors.left_by(weight, fit.main)
         return best

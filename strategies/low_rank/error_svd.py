@@ -36,6 +36,6 @@ class ErrorSvd(AbstractLowRank):
         none = factors.without_branch(weight, main, branch, rank, context)
         if rank == 0:
             return none
-        error = weight - none.main.decode()
+        error = factors.left_by(weight, none.main)
         up, down = factors.coded(*factors.truncated_svd(error, rank), branch, context)
         return factors.best(weight, [Fit(none.main, down, up), none], context)

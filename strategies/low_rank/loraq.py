@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, ClassVar
 import attrs
 
 from loraq import factors
+from loraq.blocks import norm
 from loraq.contracts import AbstractLowRank, AbstractQuantizer
 from loraq.layer import Coded, Fit, LayerContext
 
@@ -88,7 +89,7 @@ class Loraq(AbstractLowRank):
             rounded_up, rounded_down = coded_up.decode(), coded_down.decode()
             torch.addmm(weight, rounded_up, rounded_down, alpha=-1, out=residual)
             coded_main = main.round(residual, coded_main)
-            error = residual.sub_(coded_main.decode()).div_(unit)
+            error = factors.left_by(residual, coded_main, out=residual).div_(unit)
             loss = float(torch.linalg.vector_norm(error))
             first = loss if index == 0 else first
             if loss < least:
@@ -105,7 +106,7 @@ class Loraq(AbstractLowRank):
 
     def _first_step(self, weight: Tensor, up: Tensor, down: Tensor, rounded: Tensor) -> float:
         """The first step, relative to the factors, from `up` and `down` and their product after rounding."""
-        residual, noise = _root_mean_square(weight - rounded), _root_mean_square(up @ down - rounded)
+        residual, noise = _root_mean_square(weight, rounded), _root_mean_square(up @ down, rounded)
         if residual == 0:
             return 0.0
         together = up.shape[1] * _root_mean_square(up) * _root_mean_square(down)
@@ -148,10 +149,11 @@ def _frame(other: Tensor) -> Tensor:
     return frame
 
 
-def _root_mean_square(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())
+def _root_mean_square(values: Tensor, other: Tensor | None = None) -> float:
+    """The root mean square of a matrix, or of its difference to `other`."""
+    return norm(values, other) / math.sqrt(max(1, values.numel()))
 
 
 def _rounding_noise(up: Tensor, down: Tensor, branch: AbstractQuantizer) -> float:
     """How far rounding the factors takes their product, root mean square."""
-    return _root_mean_square(branch.round(up).decode() @ branch.round(down).decode() - up @ down)
+    return _root_mean_square(branch.round(up).decode() @ branch.round(down).decode(), up @ down)

@@ -47,7 +47,7 @@ class Qera(AbstractLowRank, AbstractCalibrated):
         none = factors.without_branch(weight, main, branch, rank, context)
         if rank == 0:
             return none
-        error = weight - none.main.decode()
+        error = factors.left_by(weight, none.main)
         root = factors.root(context.statistics[Gram].mean, self.damping)
         up, down = factors.coded(*factors.weighted_svd(error, root, rank), branch, context)
         return factors.best(weight, [Fit(none.main, down, up), none], context)

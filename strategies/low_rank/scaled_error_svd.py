@@ -42,6 +42,6 @@ class ScaledErrorSvd(AbstractLowRank, AbstractCalibrated):
         if rank == 0:
             return none
         means = context.statistics[ChannelMeans].mean.double()
-        error = weight - none.main.decode()
+        error = factors.left_by(weight, none.main)
         up, down = factors.coded(*factors.weighted_svd(error, means, rank), branch, context)
         return factors.best(weight, [Fit(none.main, down, up), none], context)

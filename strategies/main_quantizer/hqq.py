@@ -26,7 +26,7 @@ import attrs
 from loraq import formats, integer_formats, rounding
 from loraq.activation import Activation, group_validator
 from loraq.activation import activation as as_activation
-from loraq.contracts import AbstractFormat, AbstractQuantizer
+from loraq.contracts import AbstractFormat, AbstractPlainRounding, AbstractQuantizer
 from loraq.layer import Coded, LayerContext
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _fits_alone(instance: object, attribute: attrs.Attribute[Any], value: Abstra
 
 
 @attrs.frozen(kw_only=True)
-class Hqq(AbstractQuantizer):
+class Hqq(AbstractQuantizer, AbstractPlainRounding):
     """Fits each group's scale, zero point or offset, without data, so that a few weights may be far off."""
 
     weight: AbstractFormat = attrs.field(
@@ -74,11 +74,21 @@ class Hqq(AbstractQuantizer):
     def format(self) -> AbstractFormat:
         return self.weight
 
+    @property
+    def scale(self) -> Literal["search"]:
+        return "search"
+
     def group_for(self, columns: int) -> int:
         return formats.group_within(self.weight, self.group, columns)
 
     def encode(self, weight: Tensor, context: LayerContext) -> Coded:
         del context  # data-free
+        if formats.row_wise(self.weight):
+            return formats.coded_by_rows(self._searched, weight)
+        return self._searched(weight)
+
+    def _searched(self, weight: Tensor) -> Coded:
+        """The weight's codes with the fitted scales or offsets of least error norm."""
         coded = self.round(weight)
         best = {name: tensor for name, tensor in coded.parts.items() if name != "codes"}
         least, strength = self._norm(weight, coded), self.strength

@@ -20,6 +20,7 @@ import attrs
 from loraq import composite_formats, formats, rounding
 from loraq.activation import Activation, group_validator
 from loraq.activation import activation as as_activation
+from loraq.blocks import by_rows
 from loraq.composite_formats import MixedWidthFormat
 from loraq.contracts import AbstractFormat, AbstractQuantizer
 from loraq.input_statistics import Gram
@@ -94,22 +95,21 @@ class OutlierMixed(AbstractQuantizer):
         """`weight` rounded with the split of least error."""
         mixed, group = self._mixed, self.group_for(weight.shape[1])
         choices = [rounding.searched(weight, grid, group) for grid in mixed.grids]
-        errors = torch.stack([_row_errors(weight - choice.decode(), gram) for choice in choices])
+        metric = None if gram is None else gram.mean
+        errors = torch.stack([composite_formats.row_errors(weight, choice, metric) for choice in choices])
         order = None if self.order == "error" else torch.argsort(_kurtosis(weight), descending=True, stable=True)
         return mixed.joined(choices, composite_formats.split(errors, order))
 
 
-def _row_errors(difference: Tensor, gram: Gram | None) -> Tensor:
-    """Each row's squared error, (rows,) float64: of the output where `gram` is known, else of the weight."""
-    values = difference.double()
-    return ((values if gram is None else values @ gram.mean.double()) * values).sum(dim=1)
-
-
 def _kurtosis(weight: Tensor) -> Tensor:
     """Each row's fourth moment over its squared second, (rows,) float64; 0 for a row without spread."""
-    values = weight.double()
-    values = values - values.mean(dim=1, keepdim=True)
-    peak = values.abs().amax(dim=1, keepdim=True)
-    values = values / torch.where(peak > 0, peak, 1.0)
-    second = values.square().mean(dim=1)
-    return values.pow(4).mean(dim=1) / torch.where(second > 0, second, torch.inf).square()
+
+    def moments(rows: Tensor) -> Tensor:
+        values = rows.double()
+        values = values - values.mean(dim=1, keepdim=True)
+        peak = values.abs().amax(dim=1, keepdim=True)
+        values = values / torch.where(peak > 0, peak, 1.0)
+        second = values.square().mean(dim=1)
+        return values.pow(4).mean(dim=1) / torch.where(second > 0, second, torch.inf).square()
+
+    return by_rows(moments, weight)

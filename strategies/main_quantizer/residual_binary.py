@@ -69,12 +69,10 @@ class ResidualBinary(AbstractQuantizer):
 
     def encode(self, weight: Tensor, context: LayerContext) -> Coded:
         del context  # data-free
-        return self._searched(weight)
+        return formats.coded_by_rows(self._searched, weight)
 
     def round(self, weight: Tensor, guess: Coded | None = None) -> Coded:
-        if guess is None:
-            return self._searched(weight)
-        return self._fitted(weight, guess)
+        return formats.coded_by_rows(self._searched if guess is None else self._fitted, weight, guess)
 
     @property
     def _binary(self) -> BinaryResidualFormat:
