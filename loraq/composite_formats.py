@@ -20,7 +20,7 @@ import attrs
 
 from loraq.blocks import by_rows, row_blocks
 from loraq.contracts import AbstractFormat
-from loraq.formats import IntegerFormat, grouped, largest, no_integers, recoded, scaled, ungrouped
+from loraq.formats import IntegerFormat, grouped, largest, no_integers, recoded, rows_of, scaled, ungrouped
 from loraq.layer import Coded, Part, groups_of
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class MixedWidthFormat(AbstractFormat):
         return integers
 
     def decode(self, coded: Coded) -> Tensor:
-        return scaled(self.integers(coded).float(), coded.scales.float(), coded.group)
+        return scaled(self.integers(coded), coded.scales.float(), coded.group)
 
     def integer_view(self, coded: Coded) -> tuple[Tensor, Tensor, int]:
         return self.integers(coded), coded.scales.float(), coded.group
@@ -132,8 +132,9 @@ def row_errors(values: Tensor, coded: Coded, gram: Tensor | None = None) -> Tens
     """Each row's squared rounding error, (rows,) float64: of the output where `gram` (inn, inn) is given."""
     metric = None if gram is None else gram.double()
     found = torch.empty(len(values), dtype=torch.float64, device=values.device)
+    decoded = rows_of(coded)
     for rows in row_blocks(values):
-        errors = (values[rows] - coded.rows(rows.start, rows.stop).decode()).double()
+        errors = (values[rows] - decoded(rows)).double()
         found[rows] = ((errors if metric is None else errors @ metric) * errors).sum(dim=1)
     return found
 

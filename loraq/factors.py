@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loraq.blocks import norm, row_blocks
 from loraq.contracts import AbstractQuantizer
 from loraq.errors import ModelError
-from loraq.formats import row_local
+from loraq.formats import rows_of
 from loraq.input_statistics import Gram
 from loraq.layer import Coded, Fit, LayerContext
 
@@ -145,11 +145,9 @@ def weighted_svd(weight: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 def left_by(weight: Tensor, main: Coded, out: Tensor | None = None) -> Tensor:
     """What the main codes leave of `weight`, (out, inn) float32; written to `out`, which may be `weight`, if given."""
-    if not row_local(main.format):
-        return torch.sub(weight, main.decode(), out=out)
-    left = torch.empty_like(weight) if out is None else out
+    left, decoded = torch.empty_like(weight) if out is None else out, rows_of(main)
     for rows in row_blocks(weight):
-        torch.sub(weight[rows], main.rows(rows.start, rows.stop).decode(), out=left[rows])
+        torch.sub(weight[rows], decoded(rows), out=left[rows])
     return left
 
 
@@ -189,14 +187,13 @@ def error(weight: Tensor, fit: Fit, context: LayerContext | None = None) -> floa
 
 def distance(weight: Tensor, fit: Fit) -> float:
     """`||weight - fit||`, of formats whose rows stand alone without decoding the whole matrix."""
-    if not all(row_local(coded.format) for coded in (fit.main, fit.up) if coded is not None):
-        return norm(weight, fit.decode())
+    main, up = rows_of(fit.main), None if fit.up is None else rows_of(fit.up)
     down = None if fit.down is None else fit.down.decode()
     total = 0.0
     for rows in row_blocks(weight):
-        found = fit.main.rows(rows.start, rows.stop).decode()
-        if down is not None and fit.up is not None:
-            found = found.addmm(fit.up.rows(rows.start, rows.stop).decode(), down)
+        found = main(rows)
+        if up is not None and down is not None:
+            found = found.addmm(up(rows), down)
         total = math.hypot(total, norm(weight[rows], found))
     return total
 

@@ -320,6 +320,14 @@ def row_wise(format: AbstractFormat) -> bool:
     return all(len(whole[name]) == len(values) and torch.equal(whole[name][1:4], part[name]) for name in whole)
 
 
+def rows_of(coded: Coded) -> Callable[[slice], Tensor]:
+    """What decodes some rows, (rows, columns) float32: these alone, or all at once where the format cannot be cut."""
+    if row_local(coded.format):
+        return lambda rows: coded.rows(rows.start, rows.stop).decode()
+    whole = coded.decode()
+    return lambda rows: whole[rows]
+
+
 def coded_by_rows(function: Callable[..., Coded], values: Tensor, like: Coded | None = None) -> Coded:
     """`function(values, like)` of a function that codes every row by itself, a few rows at a time.
 

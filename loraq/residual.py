@@ -24,7 +24,7 @@ from loraq import formats
 from loraq.blocks import by_rows, norm, row_blocks
 from loraq.contracts import AbstractPlainRounding, AbstractQuantizer
 from loraq.factors import distance
-from loraq.formats import row_local
+from loraq.formats import rows_of
 from loraq.layer import Coded, Fit
 
 if TYPE_CHECKING:
@@ -96,30 +96,35 @@ class ResidualRounding:
             return self._fused.step(product, self.crest, self._noise)
         residual = by_rows(lambda part, taken: part - taken.float() * self._unit, self._weight, product)
         guess = self._guess = self._main.round(residual, self._guess)
-        if not row_local(guess.format):
-            error, loss = self._error(residual, guess)
-            return error.to(product.dtype), loss
+        decoded = rows_of(guess)
+        steps, group = self._steps(guess) if self.crest > 0 and guess.format.integer else (None, 0)
         errors, loss = torch.empty_like(product), 0.0
         for rows in row_blocks(residual):
-            error, part = self._error(residual[rows], guess.rows(rows.start, rows.stop))
+            error, norms = self._error(residual[rows], decoded(rows), None if steps is None else steps[rows], group)
             errors[rows] = error.to(product.dtype)
-            loss = math.hypot(loss, part)
+            loss = math.hypot(loss, *norms)
         return errors, loss
 
-    def _error(self, residual: Tensor, guess: Coded) -> tuple[Tensor, float]:
-        """E weighted by crest, and ||E||, noise included, for R times the unit and its codes."""
-        error = (residual - guess.decode()) / self._unit
-        loss = float(torch.linalg.vector_norm(error))
-        if self.crest > 0 and guess.format.integer:
-            _, scales, group = guess.format.integer_view(guess)
-            steps = formats.grouped(error, group) / torch.where(scales > 0, scales / self._unit, torch.inf).unsqueeze(2)
-            share = (2 * formats.ungrouped(steps, error.shape[1])).square_().clamp_(max=4)
+    def _steps(self, guess: Coded) -> tuple[Tensor, int]:
+        """Each group's step of the grid, (rows, groups, 1) in units, infinite where it is 0; a group's columns."""
+        _, scales, group = guess.format.integer_view(guess)
+        return torch.where(scales > 0, scales / self._unit, torch.inf).unsqueeze(-1), group
+
+    def _error(
+        self, residual: Tensor, decoded: Tensor, steps: Tensor | None, group: int
+    ) -> tuple[Tensor, tuple[float, float]]:
+        """E weighted by crest and with the noise's share, both parts of the loss, for R and Qw(R) times the unit."""
+        error = (residual - decoded) / self._unit
+        loss, noise = float(torch.linalg.vector_norm(error)), 0.0
+        if steps is not None:
+            in_steps = formats.ungrouped(formats.grouped(error, group) / steps, error.shape[1])
+            share = (2 * in_steps).square_().clamp_(max=4)
             error = error * (1 - self.crest + self.crest * share)
         if self._noise:
-            share_of_input = residual / self._unit
-            error = torch.add(error, share_of_input, alpha=self._noise)
-            loss = math.hypot(loss, math.sqrt(self._noise) * float(torch.linalg.vector_norm(share_of_input)))
-        return error, loss
+            rounded = residual / self._unit
+            error = torch.add(error, rounded, alpha=self._noise)
+            noise = math.sqrt(self._noise) * float(torch.linalg.vector_norm(rounded))
+        return error, (loss, noise)
 
 
 def root_mean_square(values: Tensor) -> float:

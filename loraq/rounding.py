@@ -111,11 +111,10 @@ def factors_for(format: AbstractFormat) -> tuple[float, ...]:
 
 def squared_error(values: Tensor, coded: Coded) -> Tensor:
     """Each group's squared rounding error, (rows, groups) float32, summed in the kernel's order."""
-    if not formats.row_local(coded.format):
-        return _lane_sums(values - coded.decode(), coded.group)
     found = torch.empty(len(values), groups_of(values.shape[1], coded.group), device=values.device)
+    decoded = formats.rows_of(coded)
     for rows in row_blocks(values):
-        found[rows] = _lane_sums(values[rows] - coded.rows(rows.start, rows.stop).decode(), coded.group)
+        found[rows] = _lane_sums(values[rows] - decoded(rows), coded.group)
     return found
 
 
