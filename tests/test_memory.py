@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 from hypothesis import given
@@ -15,7 +18,8 @@ from loraq.strategies.packing.rows import Rows
 from loraq.strategies.pre_transform.hadamard import Hadamard
 
 import models
-from loraq import blocks, factors, formats
+from loraq import blocks, factors, formats, registry
+from loraq.contracts import AbstractCalibrated
 from loraq.layer import Fit, LayerContext, Part
 from matrices import seeded
 
@@ -56,6 +60,24 @@ def test_a_worker_takes_three_times_its_largest_layer_and_little_more(tmp_path: 
     assert found["largest"] == 4 * 2048 * 8192
     # 1 GiB is promised beside it; so small a model needs less, and more would hide what a layer takes.
     assert found["peak"] - found["before"] <= 3 * found["largest"] + 400 * 2**20, found
+
+
+def _data_free() -> list[str]:
+    strategies: dict[str, Any] = {
+        name: registry.load("loraq.low_rank", name) for name in registry.names("loraq.low_rank")
+    }
+    return [name for name, strategy in strategies.items() if not issubclass(strategy, AbstractCalibrated)]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel cannot set a peak back")
+@pytest.mark.parametrize("name", _data_free())
+def test_every_fit_without_data_takes_a_few_matrices(name: str) -> None:
+    """By the benchmark that prints it, on a layer of 67 MB: whole matrices in float64 would be 2 each."""
+    script = Path(__file__).parent.parent / "benchmarks" / "fit_memory.py"
+    command = [sys.executable, script, "--shape", "8192x2048", "--only", name]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert told.startswith(name)
+    assert float(told.split()[1]) <= 7.5, told
 
 
 @given(st.sampled_from([(1, 1), (3, 2**20 + 1), (40, 2**15), (0, 5), (2**20 + 3, 1)]))
