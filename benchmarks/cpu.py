@@ -40,7 +40,7 @@ from loraq import ops
 from loraq.layout import Layout
 from loraq.linear import PackedLinear
 
-compiled, memory = (importlib.import_module(f"loraq.kernels.cpu.{name}") for name in ("compiled", "memory"))
+machines, memory = (importlib.import_module(f"loraq.kernels.cpu.{name}") for name in ("machines", "memory"))
 
 SHAPES = ("1152x1152", "1152x4608", "4608x1152", "2240x2240", "2240x11200")
 TOKENS = (1, 16, 256, 1024, 4096)
@@ -203,7 +203,7 @@ dots: Any = memory.intrinsic(_dots)
 
 def vnni_peak() -> float:
     """Operations a second, two a multiplication, of vpdpbusd on one thread; not a number where there is none."""
-    if compiled.machine().name != "avx512-vnni":
+    if machines.machine().name != "avx512-vnni":
         return float("nan")
     turns = 500_000  # a few milliseconds
 
@@ -297,7 +297,7 @@ def main() -> None:
     figures, single = [], vnni_peak()
     for threads in options.threads or (1, 2):
         peak = single * threads
-        print(f"{compiled.machine().name}, {threads} threads, VNNI peak {peak / 1e9:.0f} GOPS\n{heading()}", flush=True)
+        print(f"{machines.machine().name}, {threads} threads, VNNI peak {peak / 1e9:.0f} GOPS\n{heading()}", flush=True)
         for shape in options.shape or SHAPES:
             for tokens in options.tokens or TOKENS:
                 figures.append(measure(shape, tokens, threads, peak, options.seconds))

@@ -27,7 +27,7 @@ from loraq import ops
 from loraq.contracts import AbstractKernel
 from loraq.layer import Coded
 
-from . import compiled, threads
+from . import machines, threads
 from .pages import give_back
 from .prepared import Prepared, refusal
 from .records import Call
@@ -76,7 +76,7 @@ _local = threading.local()
 
 @attrs.frozen
 class CpuKernel(AbstractKernel):
-    """Packed linears of integer formats on the CPU. `machine` names one of compiled.MACHINES, None the fastest."""
+    """Packed linears of integer formats on the CPU. `machine` names one of machines.MACHINES, None the fastest."""
 
     machine: str | None = None
 
@@ -106,7 +106,7 @@ class CpuKernel(AbstractKernel):
         return output if output.dtype == input.dtype else output.to(input.dtype)
 
     def _prepared(self, tensors: Mapping[str, Tensor], layout: Layout) -> Prepared:
-        machine = compiled.machine(self.machine)
+        machine = machines.machine(self.machine)
         first = tensors["main.codes"]
         key = (id(first), machine.name)
         entry = _ENTRIES.get(key)

@@ -1,4 +1,4 @@
-"""Compiling at first use: which machine this processor is, and the addresses of compiled functions.
+"""Compiling at first use: the addresses of compiled functions.
 
 Nothing is compiled at import. A function is compiled when a layer first needs it, kept on disk by Numba (beside the
 source, in NUMBA_CACHE_DIR, or in the user's cache folder), and then loaded in milliseconds by later processes. Numba
@@ -19,63 +19,37 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from llvmlite import binding
 
 from . import float_panel, layer, products
-from .tile import PORTABLE, VNNI256, VNNI512, Machine
+from .float_repack import Decoding
+from .machines import AVX2, DOTPROD, PORTABLE, VNNI256, VNNI512, Machine
 
 _PRODUCTS: dict[str, dict[int, Callable[[Any], None]]] = {
     VNNI512.name: {4: products.vnni512_int4, 8: products.vnni512_int8},
     VNNI256.name: {4: products.vnni256_int4, 8: products.vnni256_int8},
+    AVX2.name: {4: products.avx2_int4, 8: products.portable_int8},
+    DOTPROD.name: {4: products.dotprod_int4, 8: products.dotprod_int8},
     PORTABLE.name: {4: products.portable_int4, 8: products.portable_int8},
 }
 _FLOATS: dict[str, Callable[[Any], None]] = {VNNI512.name: products.vnni512_float}
-_DECODERS: dict[tuple[str, int], Callable[[Any], None]] = {
-    (VNNI512.name, 4): products.vnni512_decode4,
-    (PORTABLE.name, 4): products.portable_decode4,
-    (PORTABLE.name, 8): products.portable_decode8,
+_DECODERS: dict[str, dict[Decoding, Callable[[Any], None]]] = {
+    VNNI512.name: {"table of 16": products.permuted_floats, "table of 256 bfloat16": products.permuted_halves},
+    VNNI256.name: {"table of 16": products.permuted_twice},
+    AVX2.name: {"table of 16": products.permuted_twice},
+    DOTPROD.name: {"table of 16": products.table_bytes},
+    PORTABLE.name: {
+        "integers": products.integers,
+        "table of 16": products.loads4,
+        "table of 256": products.loads,
+        "table of 256 bfloat16": products.loads,
+    },
 }
-"""What a machine does not have, it takes from the portable one."""
-MACHINES = (VNNI512, VNNI256, PORTABLE)
-"""Fastest first."""
+"""What decodes codes. What a machine does not have, it takes from the portable one."""
 
 _ANNOUNCED_AFTER = 1.0
 _LOCK = threading.RLock()
 _ADDRESSES: dict[Callable[[Any], None], tuple[int, Any]] = {}
 _announced = threading.Event()
-
-
-@functools.cache
-def features() -> frozenset[str]:
-    """The instruction sets that Numba compiles for: those of this processor, unless Numba's settings say otherwise."""
-    settings: Any = numba.config
-    named, listed = settings.CPU_NAME, settings.CPU_FEATURES
-    if listed is not None:
-        return frozenset(each[1:] for each in listed.split(",") if each.startswith("+"))
-    if named not in (None, "", "host"):
-        return frozenset()
-    try:
-        return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
-    except RuntimeError:  # LLVM cannot tell on this system
-        return frozenset()
-
-
-def runs(machine: Machine) -> bool:
-    """Whether this processor has the machine's instructions."""
-    if machine is VNNI512:
-        return features() >= {"avx512f", "avx512bw", "avx512vl", "avx512vnni"}
-    if machine is VNNI256:
-        return "avxvnni" in features() or features() >= {"avx512vl", "avx512vnni"}
-    return True
-
-
-@functools.cache
-def machine(name: str | None = None) -> Machine:
-    """The machine called `name`, or the fastest one that this processor has."""
-    for each in MACHINES:
-        if (name is None and runs(each)) or each.name == name:
-            return each
-    raise ValueError(f"no machine called {name!r}; there are {', '.join(each.name for each in MACHINES)}")
 
 
 def product(machine: Machine, bits: int) -> int:
@@ -88,11 +62,9 @@ def float_product(machine: Machine) -> int:
     return _address(_FLOATS.get(machine.name, products.portable_float))
 
 
-def decoder(machine: Machine, bits: int, integers: bool) -> int:
-    """The address of what decodes columns of a panel of `bits`-wide codes, 4 or 8, by table or as 8-bit integers."""
-    if integers:
-        return _address(products.decode_integers)
-    return _address(_DECODERS.get((machine.name, bits)) or _DECODERS[PORTABLE.name, bits])
+def decoder(machine: Machine, decoding: Decoding) -> int:
+    """The address of what decodes columns of a panel of codes."""
+    return _address(_DECODERS[machine.name].get(decoding) or _DECODERS[PORTABLE.name][decoding])
 
 
 def float_run() -> int:

@@ -8,7 +8,7 @@ decode.py.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 import torch
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     from loraq.contracts import AbstractFormat
     from loraq.layer import Coded, Lookup
+
+Decoding = Literal["integers", "table of 16", "table of 256", "table of 256 bfloat16"]
+"""How codes become values: as two's complement integers of 8 bits, or by a table, whose values may be such that
+bfloat16 holds them exactly. Codes that have a table of 16 take 4 bits, others 8."""
 
 LARGEST_CHUNK = 1024
 """Columns that are decoded at a time: 128 KB, which stay in a second-level cache."""
@@ -48,13 +52,11 @@ def dense_panels(weight: Tensor) -> Tensor:
 
 @attrs.frozen(eq=False)
 class CodePanels:
-    """Codes in panels: `codes` (panels, columns or half of them, 32) uint8 of `bits`; `values` (16 or 256,) float32;
-    `scales` and `offsets` (panels, groups, 32) float32, a group being `group` columns. `integers`: the codes are
-    two's complement, of 8 bits, and need no table.
+    """Codes in panels: `codes` (panels, columns or half of them, 32) uint8; `values` (16 or 256,) float32; `scales` and
+    `offsets` (panels, groups, 32) float32, a group being `group` columns.
     """
 
-    bits: int
-    integers: bool
+    decoding: Decoding
     group: int
     codes: Tensor
     values: Tensor
@@ -86,7 +88,11 @@ class CodePanels:
         )
         assert scales is not None
         group = fine + fine % 2 if bits == 4 else fine  # odd only where it is the one group
-        return cls(bits, integers and bits == 8, group, panels.contiguous(), room, scales, offsets)
+        decoding: Decoding = "table of 16"
+        if bits == 8:
+            short = not (room.view(torch.int32) & 0xFFFF).any()  # by bits, as codes may stand for NaN
+            decoding = "integers" if integers else "table of 256 bfloat16" if short else "table of 256"
+        return cls(decoding, group, panels.contiguous(), room, scales, offsets)
 
 
 def _lookup(coded: Coded) -> tuple[Lookup, int]:

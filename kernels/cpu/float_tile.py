@@ -17,10 +17,10 @@ from typing import Any
 
 from llvmlite import ir
 
-from .memory import called_with, llvm
-from .tile import OUTPUTS, Machine, micro_tiles
-
-_INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+from .machines import Machine
+from .memory import called_with
+from .tile import OUTPUTS, micro_tiles
+from .vectors import FLOAT, LONG, instruction, load, long, splat, store, zero
 
 ARGUMENTS = (
     "activations",
@@ -38,7 +38,7 @@ adds to what the output holds."""
 
 
 def float_panel(machine: Machine, *sizes: int) -> Any:
-    """The intrinsic of a panel: Numba code calls it with the address of ARGUMENTS. `sizes` as tile.panel has them."""
+    """The intrinsic of a panel: Numba code calls it with the address of ARGUMENTS; `sizes` as in micro_tiles."""
 
     def write(builder: Any, values: dict[str, Any]) -> None:
         def tile(size: int, token: Any) -> None:
@@ -51,9 +51,9 @@ def float_panel(machine: Machine, *sizes: int) -> Any:
 
 def _tile(builder: Any, lanes: int, tokens: int, values: dict[str, Any], first: Any) -> None:
     """The code of `tokens` tokens beginning with `first`: the loop over columns, and the store."""
-    floats, vectors = ir.VectorType(_FLOAT, lanes), OUTPUTS // lanes
+    floats, vectors = ir.VectorType(FLOAT, lanes), OUTPUTS // lanes
     rows = [
-        builder.add(values["activations"], builder.mul(values["stride"], builder.add(first, _long(token))))
+        builder.add(values["activations"], builder.mul(values["stride"], builder.add(first, long(token))))
         for token in range(tokens)
     ]
     before = builder.block
@@ -61,53 +61,37 @@ def _tile(builder: Any, lanes: int, tokens: int, values: dict[str, Any], first: 
     builder.branch(loop)
 
     builder.position_at_end(loop)
-    column = builder.phi(_LONG)
-    column.add_incoming(_long(0), before)
+    column = builder.phi(LONG)
+    column.add_incoming(long(0), before)
     totals = [[builder.phi(floats) for _ in range(vectors)] for _ in range(tokens)]
     for total in (each for row in totals for each in row):
-        total.add_incoming(ir.Constant(floats, None), before)
-    panel = builder.add(values["weights"], builder.mul(column, _long(OUTPUTS * 4)))
-    weights = [_load(builder, floats, builder.add(panel, _long(vector * lanes * 4))) for vector in range(vectors)]
-    offset = builder.mul(column, _long(4))
+        total.add_incoming(zero(floats), before)
+    panel = builder.add(values["weights"], builder.mul(column, long(OUTPUTS * 4)))
+    weights = [load(builder, floats, builder.add(panel, long(vector * lanes * 4))) for vector in range(vectors)]
+    offset = builder.mul(column, long(4))
     sums = []
     for row, old in zip(rows, totals, strict=True):
-        value = _splat(builder, _load(builder, _FLOAT, builder.add(row, offset)), floats)
+        value = splat(builder, load(builder, FLOAT, builder.add(row, offset)), floats)
         sums.append([_multiply_add(builder, value, weight, total) for weight, total in zip(weights, old, strict=True)])
-    following = builder.add(column, _long(1))
+    following = builder.add(column, long(1))
     column.add_incoming(following, loop)
     for total, new in zip((e for row in totals for e in row), (e for row in sums for e in row), strict=True):
         total.add_incoming(new, loop)
     builder.cbranch(builder.icmp_signed("<", following, values["columns"]), loop, after)
 
     builder.position_at_end(after)
-    accumulate = builder.icmp_signed("!=", values["accumulate"], _long(0))
+    accumulate = builder.icmp_signed("!=", values["accumulate"], long(0))
     for token, row in enumerate(sums):
-        output = builder.add(values["output"], builder.mul(values["output_stride"], builder.add(first, _long(token))))
+        output = builder.add(values["output"], builder.mul(values["output_stride"], builder.add(first, long(token))))
         for vector, total in enumerate(row):
-            step = _long(vector * lanes * 4)
+            step = long(vector * lanes * 4)
             place = builder.add(output, step)
             # What is not yet written may be anything, even not a number: chosen, not multiplied away.
-            held = builder.select(accumulate, _load(builder, floats, place), ir.Constant(floats, None))
-            bias = _load(builder, floats, builder.add(values["bias"], step))
+            held = builder.select(accumulate, load(builder, floats, place), zero(floats))
+            bias = load(builder, floats, builder.add(values["bias"], step))
             total = builder.fadd(builder.fadd(held, total), bias)
-            builder.store(total, builder.inttoptr(place, floats.as_pointer()), align=4)
+            store(builder, total, place)
 
 
 def _multiply_add(builder: Any, one: Any, other: Any, total: Any) -> Any:
-    kind = ir.FunctionType(total.type, [total.type] * 3)
-    function = llvm.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{total.type.count}f32")
-    return builder.call(function, [one, other, total])
-
-
-def _load(builder: Any, kind: Any, address: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
-
-
-def _splat(builder: Any, value: Any, kind: Any) -> Any:
-    single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
-    lanes = ir.Constant(ir.VectorType(_INT, kind.count), None)
-    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), lanes)
-
-
-def _long(value: int) -> ir.Constant:
-    return ir.Constant(_LONG, value)
+    return instruction(builder, f"llvm.fmuladd.v{total.type.count}f32", total.type, one, other, total)

@@ -13,19 +13,14 @@ from typing import Any
 import numba.extending
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+
+from .vectors import BYTE, FLOAT, INT, LONG, instruction, llvm, load, long, same, shuffled, splat
 
 LANES = 16
 
-_BYTES = ir.VectorType(ir.IntType(8), LANES)
-_INTEGERS = ir.VectorType(ir.IntType(32), LANES)
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
-_INT, _LONG = ir.IntType(32), ir.IntType(64)
+_BYTES, _INTEGERS, _FLOATS = (ir.VectorType(kind, LANES) for kind in (BYTE, INT, FLOAT))
 _NEAREST = 1.5 * 2**23
 """Added to a float32 below 2^22 it rounds it to the nearest integer, ties to even, and leaves that in the low bits."""
-
-llvm: Any = cgutils
-"""numba.core.cgutils, which has no annotations."""
 
 
 def intrinsic(definition: Callable[..., Any]) -> Any:
@@ -44,17 +39,18 @@ def called_with(name: str, arguments: tuple[str, ...], write: Callable[[Any, dic
 
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             del signature
-            values = {}
-            for index, argument in enumerate(arguments):
-                place = builder.inttoptr(builder.add(given[0], ir.Constant(_LONG, 8 * index)), _LONG.as_pointer())
-                values[argument] = builder.load(place)
-            write(builder, values)
+            write(builder, values_at(builder, given[0], arguments))
             return context.get_dummy_value()
 
         return types.void(types.int64), generate
 
     typed.__name__ = name.replace("-", "_")
     return intrinsic(typed)
+
+
+def values_at(builder: Any, address: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The int64 that lie one after the other at `address`, by name."""
+    return {name: load(builder, LONG, builder.add(address, long(8 * index)), 8) for index, name in enumerate(names)}
 
 
 @intrinsic
@@ -76,8 +72,8 @@ def take_ticket(typing_context: Any, address: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
-        place = builder.inttoptr(arguments[0], _LONG.as_pointer())
-        return builder.atomic_rmw("add", place, ir.Constant(_LONG, 1), "seq_cst")
+        place = builder.inttoptr(arguments[0], LONG.as_pointer())
+        return builder.atomic_rmw("add", place, long(1), "seq_cst")
 
     return types.int64(types.int64), generate
 
@@ -89,7 +85,7 @@ def call(typing_context: Any, function: Any, argument: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del signature
-        kind = ir.FunctionType(ir.VoidType(), [_LONG])
+        kind = ir.FunctionType(ir.VoidType(), [LONG])
         builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
         return context.get_dummy_value()
 
@@ -104,14 +100,14 @@ def largest_bits(typing_context: Any, source: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
         source, count = arguments
-        magnitude = ir.Constant(_INTEGERS, [0x7FFFFFFF] * LANES)
+        magnitude = same(_INTEGERS, 0x7FFFFFFF)
 
         def body(index: Any, largest: Any) -> Any:
             bits = builder.and_(_load(builder, source, index, _INTEGERS), magnitude)
             return builder.select(builder.icmp_signed(">", bits, largest), bits, largest)
 
         largest = _loop(builder, count, ir.Constant(_INTEGERS, None), body)
-        return builder.zext(_reduce(builder, "smax", largest), _LONG)
+        return builder.zext(_reduce(builder, "smax", largest), LONG)
 
     return types.int64(types.int64, types.int64), generate
 
@@ -128,10 +124,10 @@ def encode(typing_context: Any, source: Any, target: Any, count: Any, divisor: A
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
         source, target, count, divisor, top = arguments
-        divisors, tops = _splat(builder, divisor), _splat(builder, top)
+        divisors, tops = splat(builder, divisor, _FLOATS), splat(builder, top, _FLOATS)
         bottoms = builder.fneg(tops)
-        nearest = ir.Constant(_FLOATS, [_NEAREST] * LANES)
-        high = ir.Constant(_INTEGERS, [24] * LANES)
+        nearest = same(_FLOATS, _NEAREST)
+        high = same(_INTEGERS, 24)
 
         def body(index: Any, total: Any) -> Any:
             value = builder.fdiv(_load(builder, source, index, _FLOATS), divisors)
@@ -141,7 +137,7 @@ def encode(typing_context: Any, source: Any, target: Any, count: Any, divisor: A
             _store(builder, target, index, builder.trunc(bits, _BYTES))
             return builder.add(total, builder.ashr(builder.shl(bits, high), high))
 
-        return builder.sext(_reduce(builder, "add", _loop(builder, count, ir.Constant(_INTEGERS, None), body)), _LONG)
+        return builder.sext(_reduce(builder, "add", _loop(builder, count, ir.Constant(_INTEGERS, None), body)), LONG)
 
     return types.int64(types.int64, types.int64, types.int64, types.float32, types.float32), generate
 
@@ -157,7 +153,7 @@ def _butterflies(vectors: int) -> Any:
             address, count = arguments
 
             def body(index: Any, unused: Any) -> Any:
-                places = [builder.add(index, ir.Constant(_LONG, LANES * each)) for each in range(vectors)]
+                places = [builder.add(index, long(LANES * each)) for each in range(vectors)]
                 held = [_load(builder, address, place, _FLOATS) for place in places]
                 for step in (1, 2, 4, 8):
                     held = [_within(builder, vector, step) for vector in held]
@@ -183,9 +179,8 @@ def _butterflies(vectors: int) -> Any:
 def _within(builder: Any, vector: Any, step: int) -> Any:
     """One pass within a vector: each lane's sum or difference with the lane `step` away, as other + (±own)."""
     signs = ir.Constant(_INTEGERS, [-(2**31) if lane & step else 0 for lane in range(LANES)])
-    swapped = ir.Constant(_INTEGERS, [lane ^ step for lane in range(LANES)])
     own = builder.bitcast(builder.xor(builder.bitcast(vector, _INTEGERS), signs), _FLOATS)
-    return builder.fadd(builder.shuffle_vector(vector, ir.Constant(_FLOATS, ir.Undefined), swapped), own)
+    return builder.fadd(shuffled(builder, vector, [lane ^ step for lane in range(LANES)]), own)
 
 
 butterflies_16, butterflies_128 = _butterflies(1), _butterflies(8)
@@ -197,13 +192,13 @@ def _loop(builder: Any, count: Any, start: Any, body: Any, step: int = LANES) ->
     head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
     builder.branch(head)
     builder.position_at_end(head)
-    index, state = builder.phi(_LONG), builder.phi(start.type)
-    index.add_incoming(ir.Constant(_LONG, 0), before)
+    index, state = builder.phi(LONG), builder.phi(start.type)
+    index.add_incoming(long(0), before)
     state.add_incoming(start, before)
     builder.cbranch(builder.icmp_signed("<", index, count), inside, after)
     builder.position_at_end(inside)
     following = body(index, state)
-    index.add_incoming(builder.add(index, ir.Constant(_LONG, step)), builder.block)
+    index.add_incoming(builder.add(index, long(step)), builder.block)
     state.add_incoming(following, builder.block)
     builder.branch(head)
     builder.position_at_end(after)
@@ -212,7 +207,7 @@ def _loop(builder: Any, count: Any, start: Any, body: Any, step: int = LANES) ->
 
 def _address(builder: Any, base: Any, index: Any, kind: Any) -> Any:
     size = kind.element.width // 8 if isinstance(kind.element, ir.IntType) else 4
-    place = builder.add(base, builder.mul(index, ir.Constant(_LONG, size)))
+    place = builder.add(base, builder.mul(index, long(size)))
     return builder.inttoptr(place, kind.as_pointer())
 
 
@@ -224,12 +219,5 @@ def _store(builder: Any, base: Any, index: Any, value: Any) -> None:
     builder.store(value, _address(builder, base, index, value.type), align=1 if value.type == _BYTES else 4)
 
 
-def _splat(builder: Any, value: Any) -> Any:
-    single = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(single, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_INTEGERS, None))
-
-
 def _reduce(builder: Any, operation: str, vector: Any) -> Any:
-    kind = ir.FunctionType(_INT, [_INTEGERS])
-    name = f"llvm.vector.reduce.{operation}.v{LANES}i32"
-    return builder.call(llvm.get_or_insert_function(builder.module, kind, name), [vector])
+    return instruction(builder, f"llvm.vector.reduce.{operation}.v{LANES}i32", INT, vector)

@@ -27,9 +27,10 @@ from loraq.layout import strategy_to_plain
 
 from . import compiled, threads
 from .float_repack import LARGEST_CHUNK, CodePanels, decodes, dense_panels
+from .machines import Machine
 from .records import MEMORY_BEGINS, FloatMatrix, Layer, Matrix, Rounding
 from .repack import Panels, Segments, Weight, weight_group
-from .tile import OUTPUTS, Machine
+from .tile import OUTPUTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,7 +234,7 @@ class _Maker:
         chunk = max(LARGEST_CHUNK // panels.group * panels.group, panels.group)
         return self._float_matrix(
             shape=coded.shape,
-            decoder=compiled.decoder(self.machine, panels.bits, panels.integers),
+            decoder=compiled.decoder(self.machine, panels.decoding),
             codes=self._hold(panels.codes.numpy()),
             panel_bytes=panels.codes[0].numel(),
             values=self._hold(panels.values.numpy()),

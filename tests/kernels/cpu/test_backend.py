@@ -164,10 +164,10 @@ _ANOTHER_PROCESSOR = """
 import sys; sys.path[:0] = {places!r}
 import torch
 from loraq import ops
-from loraq.kernels.cpu import compiled
+from loraq.kernels.cpu import machines
 from loraq.kernels.cpu.backend import CpuKernel
 from random_layers import *
-assert compiled.machine().name == "portable"
+assert machines.machine().name == "portable"
 layout = layout_of(40, 130, 9, transforms=("hadamard",))
 tensors, input = tensors_of(layout), inputs_of(7, 130)
 assert same(CpuKernel().linear(input, tensors, None, layout), ops.reference(input, tensors, None, layout))

@@ -137,11 +137,13 @@ def test_panels_of_codes_are_the_matrix(name: str, rows: int, columns: int, grou
     coded = format.encode(values, BLOCKS.get(name, group))
     panels = CodePanels.of(coded)
     decoded = torch.full((rows, columns), torch.nan)
-    table = torch.arange(256).to(torch.uint8).view(torch.int8).float() if panels.integers else panels.values
+    table = (
+        torch.arange(256).to(torch.uint8).view(torch.int8).float() if panels.decoding == "integers" else panels.values
+    )
     for row in range(rows):
         for column in range(columns):
             panel, output = row // 32, row % 32
-            if panels.bits == 4:
+            if panels.decoding == "table of 16":
                 code = int(panels.codes[panel, column // 2, output]) >> 4 * (column % 2) & 15
             else:
                 code = int(panels.codes[panel, column, output])
