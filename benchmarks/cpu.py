@@ -10,6 +10,7 @@ overhead; with one thread its own time on the processor, so that other processes
 passes. LoRaQ is W4A8 in groups of 64 with a rank-64 W8A8 branch. The others:
 
     bf16      torch.nn.functional.linear in bfloat16 (LoRaQ's input and output are bfloat16 for this comparison)
+    float32   the same in float32
     int8      torch.ao.nn.quantized.dynamic.Linear, one scale a tensor (float32 in and out for both)
     int4pack  torch.ops.aten._weight_int4pack_mm_for_cpu, groups of 64, bfloat16 activations that are not rounded
 
@@ -40,13 +41,15 @@ from loraq import ops
 from loraq.layout import Layout
 from loraq.linear import PackedLinear
 
-machines, memory = (importlib.import_module(f"loraq.kernels.cpu.{name}") for name in ("machines", "memory"))
+backend, machines, memory, vectors = (
+    importlib.import_module(f"loraq.kernels.cpu.{name}") for name in ("backend", "machines", "memory", "vectors")
+)
 
 SHAPES = ("1152x1152", "1152x4608", "4608x1152", "2240x2240", "2240x11200")
 TOKENS = (1, 16, 256, 1024, 4096)
 RANK = 64
 GROUP = 64
-COLUMNS = ("bf16", "bf16, no branch", "int8", "int8, no branch", "int4pack", "hadamard")
+COLUMNS = ("bf16", "bf16, no branch", "float32", "int8", "int8, no branch", "int4pack", "hadamard")
 
 
 @attrs.frozen
@@ -69,6 +72,7 @@ class Figure:
         return {
             "bf16": self.ratio("bf16", "loraq bf16"),
             "bf16, no branch": self.ratio("bf16", "loraq bf16, no branch"),
+            "float32": self.ratio("float32", "loraq"),
             "int8": self.ratio("int8", "loraq"),
             "int8, no branch": self.ratio("int8", "loraq, no branch"),
             "int4pack": self.ratio("int4pack", "loraq bf16"),
@@ -122,6 +126,7 @@ def contenders(inn: int, out: int, tokens: int) -> dict[str, Callable[[], Tensor
     found: dict[str, Callable[[], Tensor]] = {
         "loraq": lambda: full(single),
         "int8": lambda: int8(single),
+        "float32": lambda: torch.nn.functional.linear(single, weight, bias),
         "loraq, no branch": lambda: alone(single),
         "loraq bf16": lambda: full(half),
         "bf16": lambda: torch.nn.functional.linear(half, plain, plain_bias),
@@ -174,8 +179,6 @@ def _dots(typing_context: Any, turns: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
         vector, long = ir.VectorType(ir.IntType(32), 16), ir.IntType(64)
-        kind = ir.FunctionType(vector, [vector] * 3)
-        dot = memory.llvm.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
         before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
         lane = ir.Constant(ir.IntType(32), 0)
         start = builder.insert_element(ir.Constant(vector, None), builder.trunc(arguments[0], ir.IntType(32)), lane)
@@ -187,7 +190,8 @@ def _dots(typing_context: Any, turns: Any) -> Any:
         turn.add_incoming(following, loop)
         for number, each in enumerate(sums):  # sums that are alike would be computed once
             each.add_incoming(ir.Constant(vector, [number] * 16), before)
-            each.add_incoming(builder.call(dot, [each, start, start]), loop)
+            dot = vectors.instruction(builder, "llvm.x86.avx512.vpdpbusd.512", vector, each, start, start)
+            each.add_incoming(dot, loop)
         builder.cbranch(builder.icmp_signed("<", following, arguments[0]), loop, after)
         builder.position_at_end(after)
         total = sums[0]
@@ -278,8 +282,12 @@ def main() -> None:
     parser.add_argument("--threads", action="append", type=int, help="repeatable; 1 and 2 by default")
     parser.add_argument("--seconds", type=float, default=0.3, help="how long each contender of a cell runs")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--machine", help="one of the kernel's machines, instead of this processor's fastest")
     parser.add_argument("--model", action="store_true", help="time a whole denoising step instead")
     options = parser.parse_args()
+    if options.machine:
+        kernel = backend.CpuKernel(options.machine)
+        ops.kernel_for = lambda layout, device: kernel  # type: ignore[assignment]  # without its cache
     chosen = ops.kernel_for(random_layer(64, 32, 0).layout, "cpu")
     if chosen is None:
         raise SystemExit(
@@ -297,7 +305,8 @@ def main() -> None:
     figures, single = [], vnni_peak()
     for threads in options.threads or (1, 2):
         peak = single * threads
-        print(f"{machines.machine().name}, {threads} threads, VNNI peak {peak / 1e9:.0f} GOPS\n{heading()}", flush=True)
+        name = machines.machine(options.machine).name
+        print(f"{name}, {threads} threads, VNNI peak {peak / 1e9:.0f} GOPS\n{heading()}", flush=True)
         for shape in options.shape or SHAPES:
             for tokens in options.tokens or TOKENS:
                 figures.append(measure(shape, tokens, threads, peak, options.seconds))

@@ -191,6 +191,9 @@ class LoraqQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         del kwargs
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.count_writes()
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:

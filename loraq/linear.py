@@ -25,6 +25,16 @@ class Parts(nn.Module):
     """A holder of buffers, so that stored names have dots."""
 
 
+def counted(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that counts how often it is written to, which those of inference_mode do not: a
+    kernel that keeps a form of its own would have to look at every byte in each call.
+    """
+    if not tensor.is_inference() or tensor.device.type != "cpu":
+        return tensor
+    with torch.inference_mode(False):
+        return torch.from_numpy(tensor.contiguous().view(torch.uint8).numpy()).view(tensor.dtype)
+
+
 class PackedLinear(nn.Module):
     """A packed layer: `input (..., inn) -> (..., out)`, or (batch, inn, height, width) for a 1x1 convolution.
 
@@ -56,7 +66,7 @@ class PackedLinear(nn.Module):
                     f"got {tensor.dtype}{list(tensor.shape)}."
                 )
             owner, leaf = self._owner(name, create=True)
-            owner.register_buffer(leaf, tensor)
+            owner.register_buffer(leaf, counted(tensor))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         # Looking a dotted name up takes longer than a small layer with one token; the owners never change.
         self._owners: tuple[tuple[nn.Module, str], ...] = ()
@@ -73,6 +83,12 @@ class PackedLinear(nn.Module):
         self._owners = tuple(
             self._owner(each) if each in own else leader._owner(each) for each in self.layout.whole.stored()
         )
+
+    def count_writes(self) -> None:
+        """Make every buffer `counted`: for one who has put others in place of those of `__init__`."""
+        for module in self.modules():
+            for name, tensor in module._buffers.items():
+                module._buffers[name] = None if tensor is None else counted(tensor)
 
     def _owner(self, name: str, *, create: bool = False) -> tuple[nn.Module, str]:
         """The submodule that holds a stored tensor, and the buffer's own name."""

@@ -97,6 +97,15 @@ def test_a_component_loads_by_itself_and_by_its_general_class(folders: dict[str,
     assert not model.hf_quantizer.is_trainable
 
 
+def test_what_is_loaded_in_inference_mode_counts_its_writes(folders: dict[str, Path]) -> None:
+    """Otherwise the CPU kernel would have to look at every byte of the weights in each call."""
+    with torch.inference_mode():
+        model = PixArtTransformer2DModel.from_pretrained(folders["out"] / "transformer")
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert packed
+    assert not any(buffer.is_inference() for module in packed for buffer in module.buffers())
+
+
 def test_dequantize_gives_plain_layers_with_nearly_the_same_output(folders: dict[str, Path]) -> None:
     model = PixArtTransformer2DModel.from_pretrained(folders["out"] / "transformer")
     weight = model.transformer_blocks[0].attn1.to_q.dequantized().weight

@@ -188,7 +188,7 @@ def _product(
     tokens: Any,
 ) -> None:
     """One panel of a product, tokens x 32 float32 at `target`."""
-    given = _int64_at(memory, 12)  # tile.ARGUMENTS, at the beginning of the worker's memory
+    given = _int64_at(memory, 13)  # tile.ARGUMENTS, at the beginning of the worker's memory
     given[0] = memory + rounding.codes_at
     given[1] = memory + rounding.scales_at
     given[2] = memory + offsets
@@ -201,6 +201,7 @@ def _product(
     given[9] = stride
     given[10] = add
     given[11] = tokens
+    given[12] = matrix.panel_bytes
     call(matrix.product, memory)
 
 

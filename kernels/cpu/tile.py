@@ -53,9 +53,11 @@ ARGUMENTS = (
     "output_stride",
     "accumulate",
     "tokens",
+    "ahead",
 )
 """What a panel takes, int64 one after the other in memory. `output_stride` is in bytes, the bias float32; `accumulate`
-not 0 adds to what the output holds."""
+not 0 adds to what the output holds. `ahead` bytes behind each weight lies what will be wanted next: it is fetched into
+the cache while this panel is multiplied."""
 
 
 def panel(machine: Machine, bits: int) -> Any:
@@ -168,6 +170,8 @@ class _Tile:
         phis = {place: builder.phi(self.integers) for place in starts}
         panel = builder.add(weights, builder.mul(column, long(OUTPUTS * self.bits // 8)))
         turns = [builder.add(row, column) for row in rows]
+        if self.tokens > 1:  # a single token goes through the weights but once, in order, which processors foresee
+            self._fetch(builder.add(panel, self.values["ahead"]), STEP * OUTPUTS * self.bits // 8)
         sums = dict(phis)
         for vectors, firsts in self.dot.order(self.vectors):
             sums |= self._block(vectors, firsts, turns, panel, sums)
@@ -245,13 +249,17 @@ class _Tile:
 
     def _fetch_output(self) -> None:
         """Ask for the tile's cache lines to write to: they arrive while the products are made."""
-        builder, flags = self.builder, [ir.Constant(INT, flag) for flag in (1, 3, 1)]  # to write, to keep, data
+        for token in range(self.tokens):
+            row = self.builder.add(self.values["output"], self.builder.mul(self.values["output_stride"], long(token)))
+            self._fetch(row, OUTPUTS * 4, write=True)
+
+    def _fetch(self, address: Any, size: int, write: bool = False) -> None:
+        """Ask for the cache lines of `size` bytes at `address`, which may lie anywhere."""
+        builder, flags = self.builder, [ir.Constant(INT, flag) for flag in (int(write), 3, 1)]  # to keep, data
         kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT])
         fetch = builder.module.declare_intrinsic("llvm.prefetch", [BYTE.as_pointer()], kind)
-        for token in range(self.tokens):
-            row = builder.add(self.values["output"], builder.mul(self.values["output_stride"], long(token)))
-            for line in range(0, OUTPUTS * 4, 64):
-                builder.call(fetch, [builder.inttoptr(builder.add(row, long(line)), BYTE.as_pointer()), *flags])
+        for line in range(0, size, 64):
+            builder.call(fetch, [builder.inttoptr(builder.add(address, long(line)), BYTE.as_pointer()), *flags])
 
     def _of_token(self, name: str, token: int, segment: Any) -> Any:
         """The address of a token's four-byte value for `segment`."""

@@ -194,6 +194,7 @@ def test_products(
         "output_stride": tile.OUTPUTS * 4,
         "accumulate": int(accumulate),
         "tokens": tokens,
+        "ahead": codes.nbytes * bits // 8,
     }
     assert tuple(parts) == tile.ARGUMENTS
     result = executed(product(machine, bits)[0], parts, "output")

@@ -96,6 +96,29 @@ class TestKept:
             module.get_buffer("main.codes").copy_(tensors_of(self.layout, seed=1)["main.codes"])
             assert agrees(module, inputs_of(3, 130))
 
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_inference_tensors_put_in_place(self, chosen: CpuKernel, assign: bool) -> None:
+        """Those that `__init__` has not seen, which count no writes: their bytes are looked at."""
+        with torch.inference_mode():
+            module = module_of(self.layout)
+            module(inputs_of(3, 130))
+            module.load_state_dict(tensors_of(self.layout, seed=1), assign=assign, strict=False)
+            assert agrees(module, inputs_of(3, 130))
+            assert module.get_buffer("main.codes").is_inference() == assign
+            module.get_buffer("main.codes").copy_(tensors_of(self.layout, seed=2)["main.codes"])
+            assert agrees(module, inputs_of(3, 130))
+
+    def test_inference_tensors_made_to_count(self, chosen: CpuKernel) -> None:
+        with torch.inference_mode():
+            tensors = tensors_of(self.layout)
+            module = PackedLinear(self.layout, tensors)
+            assert not any(buffer.is_inference() for buffer in module.buffers())
+            assert module.get_buffer("main.codes").data_ptr() == tensors["main.codes"].data_ptr()
+            module.load_state_dict(tensors_of(self.layout, seed=1), assign=True)
+            module.count_writes()
+            assert not any(buffer.is_inference() for buffer in module.buffers())
+            assert agrees(module, inputs_of(3, 130))
+
     def test_another_bias(self, chosen: CpuKernel) -> None:
         module = module_of(self.layout)
         module(inputs_of(3, 130))
