@@ -28,7 +28,7 @@ from loraq.contracts import AbstractKernel
 from loraq.layer import Coded
 
 from . import machines, threads
-from .pages import give_back
+from .pages import expect, give_back
 from .prepared import Prepared, refusal
 from .records import Call
 
@@ -100,6 +100,7 @@ class CpuKernel(AbstractKernel):
             rows = input.float()
         half = input.dtype == torch.bfloat16
         output = torch.empty((rows.shape[0], layout.out), dtype=torch.bfloat16 if half else torch.float32)
+        expect(output)
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.float()
         _run(prepared, rows.contiguous(), output, None if bias is None else bias.contiguous())

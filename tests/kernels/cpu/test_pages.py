@@ -1,4 +1,4 @@
-"""Pages of mapped files are given back, and nothing is ever lost by it."""
+"""Pages of mapped files are given back, large outputs get large pages, and nothing is ever lost by it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from loraq.kernels.cpu.backend import CpuKernel
-from loraq.kernels.cpu.pages import give_back
+from loraq.kernels.cpu.pages import expect, give_back
 from random_layers import inputs_of, layout_of, same, tensors_of
 from safetensors.torch import load_file, save_file
 
 from loraq import ops
 
 
-def resident(tensor: torch.Tensor) -> int:
+def resident(tensor: torch.Tensor, kind: str = "Rss:") -> int:
     """How many bytes of the mapping that holds `tensor` are in memory, by /proc/self/smaps."""
     inside, address = False, tensor.data_ptr()
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -22,7 +22,7 @@ def resident(tensor: torch.Tensor) -> int:
         if "-" in head and not head.endswith(":"):
             start, end = (int(each, 16) for each in head.split("-"))
             inside = start <= address < end
-        elif inside and head == "Rss:":
+        elif inside and head == kind:
             return int(line.split()[1]) * 1024
     raise AssertionError("the tensor lies nowhere")
 
@@ -70,3 +70,27 @@ def test_a_layer_from_a_file_runs_and_is_saved_as_it_was(tmp_path: Path) -> None
         assert same(kernel.linear(input, loaded, None, layout), ops.reference(input, tensors, None, layout))
     save_file(loaded, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "layer.safetensors").read_bytes()
+
+
+def test_large_outputs_get_large_pages() -> None:
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not modes.exists() or "[never]" in modes.read_text():
+        pytest.skip("this system has no large pages")
+    output = torch.empty(10_000_001)
+    expect(output)
+    output.fill_(1)
+    assert resident(output, "AnonHugePages:") >= 30_000_000
+    assert int(output.sum(dtype=torch.float64)) == 10_000_001
+
+
+def test_small_ones_and_none_are_left_alone() -> None:
+    for count in (0, 1, 1000):
+        expect(torch.empty(count))
+
+
+def test_a_large_output_is_the_reference_s() -> None:
+    layout = layout_of(1056, 64)
+    tensors, input = tensors_of(layout), inputs_of(8_000, 64)
+    output = CpuKernel().linear(input, tensors, None, layout)
+    assert output.numel() * 4 > 32 * 2**20
+    assert same(output, ops.reference(input, tensors, None, layout))
