@@ -79,7 +79,7 @@ def test_large_outputs_get_large_pages() -> None:
     output = torch.empty(10_000_001)
     expect(output)
     output.fill_(1)
-    assert resident(output, "AnonHugePages:") >= 30_000_000
+    assert resident(output[1_000_000:], "AnonHugePages:") >= 30_000_000  # its first page is not advised
     assert int(output.sum(dtype=torch.float64)) == 10_000_001
 
 
