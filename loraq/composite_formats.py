@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 else:
     from loraq.lazy import torch
 
+_ROWS = 256
+"""Rows of a kind that are picked from a matrix at a time: picking copies them."""
+
 
 @attrs.frozen
 class MixedWidthFormat(AbstractFormat):
@@ -68,16 +71,17 @@ class MixedWidthFormat(AbstractFormat):
 
     def joined(self, choices: list[Coded], widths: Tensor) -> Coded:
         """The rows of `choices`, all of the same matrix in the three grids: row r from `choices[widths[r]]`."""
-        picked = torch.arange(len(widths), device=widths.device)
-        scales = torch.stack([choice.scales for choice in choices])[widths, picked]
-        codes = torch.stack([choice.codes for choice in choices])[widths, picked]
+        codes, scales = choices[0].codes.clone(), choices[0].scales.clone()
+        for width in (1, 2):
+            rows = (widths == width).nonzero().squeeze(1)
+            codes[rows], scales[rows] = choices[width].codes[rows], choices[width].scales[rows]
         return self.with_rows(widths, codes, scales, choices[0].group)
 
     def with_rows(self, widths: Tensor, codes: Tensor, scales: Tensor, group: int) -> Coded:
         """The coded matrix of these `codes` (rows, columns) int8, each within its row's width of `widths` (rows,)."""
         blank = {
-            "codes": torch.zeros_like(codes),
-            "planes": torch.zeros_like(codes, dtype=torch.uint8),
+            "codes": codes,  # both are replaced at once
+            "planes": codes.view(torch.uint8),
             "widths": widths.to(torch.uint8).unsqueeze(0),
             "scales": scales,
         }
@@ -91,13 +95,15 @@ class MixedWidthFormat(AbstractFormat):
         """`coded` with the given codes (rows, columns), each within its row's width."""
         widths = self.widths(coded)
         low, high = (widths == 0).nonzero().squeeze(1), (widths == 2).nonzero().squeeze(1)
+        codes = codes.to(torch.int8)
         planes = codes & 1
-        planes[high] = (codes[high] >> 1) & 1
-        planes[low] = codes[high] & 1  # as many of the one as of the other
+        for highs, lows in zip(high.split(_ROWS), low.split(_ROWS), strict=True):  # as many of the one as of the other
+            many = codes[highs]
+            planes[highs], planes[lows] = (many >> 1) & 1, many & 1
         parts = {
             **coded.parts,
-            "codes": (codes >> widths.to(codes.dtype).unsqueeze(1)).to(torch.int8).contiguous(),
-            "planes": planes.to(torch.uint8).contiguous(),
+            "codes": (codes >> widths.to(torch.int8).unsqueeze(1)).contiguous(),
+            "planes": planes.view(torch.uint8).contiguous(),
         }
         return attrs.evolve(coded, parts=parts)
 
@@ -105,10 +111,11 @@ class MixedWidthFormat(AbstractFormat):
         """The codes, (rows, columns) int8."""
         widths = self.widths(coded)
         low, high = (widths == 0).nonzero().squeeze(1), (widths == 2).nonzero().squeeze(1)
-        codes, planes = coded.codes, coded.parts["planes"].to(torch.int8)
-        integers = (codes << 1) | planes
-        integers[high] = (integers[high] << 1) | planes[low]
-        integers[low] = codes[low]
+        codes, planes = coded.codes, coded.parts["planes"].view(torch.int8)
+        integers = (codes << 1).bitwise_or_(planes)
+        for highs, lows in zip(high.split(_ROWS), low.split(_ROWS), strict=True):
+            integers[highs] = (integers[highs] << 1) | planes[lows]
+            integers[lows] = codes[lows]
         return integers
 
     def decode(self, coded: Coded) -> Tensor:

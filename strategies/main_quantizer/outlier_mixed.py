@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 else:
     from loraq.lazy import torch
 
+_ROWS = 1024
+"""Rows of one width that are rounded at a time: picking them copies them."""
+
 
 def _is_mixed(instance: object, attribute: attrs.Attribute[Any], value: AbstractFormat) -> None:
     del instance
@@ -75,15 +78,15 @@ class OutlierMixed(AbstractQuantizer):
         integers, widths = mixed.integers(guess), mixed.widths(guess)
         codes, scales = torch.empty_like(integers), torch.empty_like(guess.scales)
         for width, grid in enumerate(mixed.grids):
-            rows = (widths == width).nonzero().squeeze(1)
-            before = Coded(
-                grid,
-                (len(rows), weight.shape[1]),
-                guess.group,
-                {"codes": integers[rows], "scales": guess.scales[rows]},
-            )
-            found = rounding.searched(weight[rows], grid, guess.group, before)
-            codes[rows], scales[rows] = found.codes, found.scales
+            for rows in (widths == width).nonzero().squeeze(1).split(_ROWS):
+                before = Coded(
+                    grid,
+                    (len(rows), weight.shape[1]),
+                    guess.group,
+                    {"codes": integers[rows], "scales": guess.scales[rows]},
+                )
+                found = rounding.searched(weight[rows], grid, guess.group, before)
+                codes[rows], scales[rows] = found.codes, found.scales
         return mixed.with_rows(widths, codes, scales, guess.group)
 
     @property
