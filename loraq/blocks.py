@@ -32,6 +32,12 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def pieces(rows: Tensor, most: int) -> Iterator[Tensor]:
+    """The indices `rows` (n,), at most so many at a time: picking rows of a matrix copies them."""
+    for start in range(0, len(rows), most):
+        yield rows[start : start + most]
+
+
 def by_rows(function: Callable[..., Tensor], matrix: Tensor, *others: Tensor) -> Tensor:
     """`function(matrix, *others)` for a function that treats every row alone: row k of the result is of their rows k.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from loraq.blocks import by_rows, row_blocks
+from loraq.blocks import by_rows, pieces, row_blocks
 from loraq.contracts import AbstractFormat
 from loraq.formats import IntegerFormat, grouped, largest, no_integers, recoded, rows_of, scaled, ungrouped
 from loraq.layer import Coded, Part, groups_of
@@ -30,7 +30,7 @@ else:
     from loraq.lazy import torch
 
 _ROWS = 256
-"""Rows of a kind that are picked from a matrix at a time: picking copies them."""
+"""Rows of a kind that are picked from a matrix at a time."""
 
 
 @attrs.frozen
@@ -97,7 +97,9 @@ class MixedWidthFormat(AbstractFormat):
         low, high = (widths == 0).nonzero().squeeze(1), (widths == 2).nonzero().squeeze(1)
         codes = codes.to(torch.int8)
         planes = codes & 1
-        for highs, lows in zip(high.split(_ROWS), low.split(_ROWS), strict=True):  # as many of the one as of the other
+        for highs, lows in zip(
+            pieces(high, _ROWS), pieces(low, _ROWS), strict=True
+        ):  # as many of the one as of the other
             many = codes[highs]
             planes[highs], planes[lows] = (many >> 1) & 1, many & 1
         parts = {
@@ -113,7 +115,7 @@ class MixedWidthFormat(AbstractFormat):
         low, high = (widths == 0).nonzero().squeeze(1), (widths == 2).nonzero().squeeze(1)
         codes, planes = coded.codes, coded.parts["planes"].view(torch.int8)
         integers = (codes << 1).bitwise_or_(planes)
-        for highs, lows in zip(high.split(_ROWS), low.split(_ROWS), strict=True):
+        for highs, lows in zip(pieces(high, _ROWS), pieces(low, _ROWS), strict=True):
             integers[highs] = (integers[highs] << 1) | planes[lows]
             integers[lows] = codes[lows]
         return integers

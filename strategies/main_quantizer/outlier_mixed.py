@@ -20,7 +20,7 @@ import attrs
 from loraq import composite_formats, formats, rounding
 from loraq.activation import Activation, group_validator
 from loraq.activation import activation as as_activation
-from loraq.blocks import by_rows
+from loraq.blocks import by_rows, pieces
 from loraq.composite_formats import MixedWidthFormat
 from loraq.contracts import AbstractFormat, AbstractQuantizer
 from loraq.input_statistics import Gram
@@ -33,7 +33,7 @@ else:
     from loraq.lazy import torch
 
 _ROWS = 1024
-"""Rows of one width that are rounded at a time: picking them copies them."""
+"""Rows of one width that are rounded at a time."""
 
 
 def _is_mixed(instance: object, attribute: attrs.Attribute[Any], value: AbstractFormat) -> None:
@@ -78,7 +78,7 @@ class OutlierMixed(AbstractQuantizer):
         integers, widths = mixed.integers(guess), mixed.widths(guess)
         codes, scales = torch.empty_like(integers), torch.empty_like(guess.scales)
         for width, grid in enumerate(mixed.grids):
-            for rows in (widths == width).nonzero().squeeze(1).split(_ROWS):
+            for rows in pieces((widths == width).nonzero().squeeze(1), _ROWS):
                 before = Coded(
                     grid,
                     (len(rows), weight.shape[1]),
