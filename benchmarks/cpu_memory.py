@@ -10,6 +10,7 @@ how far its peak, the operating system's, lies above what it was after the impor
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,7 @@ def main() -> None:
             if name == "LoRaQ":
                 pack(model)
             model.save_pretrained(Path(home) / name)
+            os.sync()  # the system keeps pages that are not yet on the disk
             command = [sys.executable, "-c", STEP, str(Path(home) / name)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[name] = int(done.stdout.split()[-1]) / 2**20
