@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--model", action="store_true", help="time a whole denoising step instead")
     options = parser.parse_args()
     if options.machine:
+        machines.machine(options.machine)  # refuses what this processor has not
         kernel = backend.CpuKernel(options.machine)
         ops.kernel_for = lambda layout, device: kernel  # type: ignore[assignment]  # without its cache
     chosen = ops.kernel_for(random_layer(64, 32, 0).layout, "cpu")

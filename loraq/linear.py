@@ -28,11 +28,15 @@ class Parts(nn.Module):
 def counted(tensor: Tensor) -> Tensor:
     """The same memory as a tensor that counts how often it is written to, which those of inference_mode do not: a
     kernel that keeps a form of its own would have to look at every byte in each call.
+
+    Writes through the given tensor are not counted: for one that nobody else holds. What cannot be so seen is returned
+    as it is.
     """
-    if not tensor.is_inference() or tensor.device.type != "cpu":
+    plain = tensor.dim() > 0 and tensor.numel() > 0 and tensor.is_contiguous()
+    if not tensor.is_inference() or tensor.device.type != "cpu" or not plain:
         return tensor
     with torch.inference_mode(False):
-        return torch.from_numpy(tensor.contiguous().view(torch.uint8).numpy()).view(tensor.dtype)
+        return torch.from_numpy(tensor.view(torch.uint8).numpy()).view(tensor.dtype)
 
 
 class PackedLinear(nn.Module):
@@ -66,7 +70,7 @@ class PackedLinear(nn.Module):
                     f"got {tensor.dtype}{list(tensor.shape)}."
                 )
             owner, leaf = self._owner(name, create=True)
-            owner.register_buffer(leaf, counted(tensor))
+            owner.register_buffer(leaf, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         # Looking a dotted name up takes longer than a small layer with one token; the owners never change.
         self._owners: tuple[tuple[nn.Module, str], ...] = ()
@@ -85,7 +89,7 @@ class PackedLinear(nn.Module):
         )
 
     def count_writes(self) -> None:
-        """Make every buffer `counted`: for one who has put others in place of those of `__init__`."""
+        """Make every buffer `counted`: for one who made them and has given them to nobody else."""
         for module in self.modules():
             for name, tensor in module._buffers.items():
                 module._buffers[name] = None if tensor is None else counted(tensor)

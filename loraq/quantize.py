@@ -131,5 +131,6 @@ def _replace_layer(module: nn.Module, layer: MatchedLayer, result: QuantizedLaye
     else:
         tensors = {name: tensor.to(old.weight.device) for name, tensor in result.tensors.items()}
         packed = PackedLinear(layer.layout, tensors, bias, convolution=layer.convolution)
+        packed.count_writes()
     packed.train(old.training)
     setattr(parent, leaf, packed)

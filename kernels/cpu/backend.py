@@ -7,8 +7,8 @@ are read and written by the kernel, other types converted before and after.
 The repacked form belongs to the identity of the stored tensors and their versions: other tensors (`.to()`, a module
 built anew, `load_state_dict(assign=True)`) have no entry, tensors written in place (`copy_`, `load_state_dict`) have a
 new version, and an entry goes when its first tensor goes. Inference tensors have no versions: a checksum of them is
-taken at every call, which costs speed. Writing through `.data` or `.numpy()` is seen by nobody, torch's own checks
-included.
+taken at every call, which costs speed; what LoRaQ quantizes or loads itself is made to have them (loraq/linear.py).
+Writing through `.data` or `.numpy()` is seen by nobody, torch's own checks included.
 """
 
 from __future__ import annotations

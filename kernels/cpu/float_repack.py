@@ -75,12 +75,12 @@ class CodePanels:
         if even and len(values) <= 16:
             bits = 4
         elif even and integers and bool(((codes + 8) & 0xFF).amax() < 16):
-            codes, values, bits = codes & 15, torch.arange(16.0).sub_(16 * (torch.arange(16) > 7)), 4
+            codes, values, bits = codes & 15, torch.arange(16, dtype=torch.float32).sub_(16 * (torch.arange(16) > 7)), 4
         codes = torch.nn.functional.pad(codes, (0, columns % 2))  # an odd last column has a neighbour
         panels = _panels(codes)
         if bits == 4:
             panels = panels[:, ::2] | panels[:, 1::2] << 4
-        room = torch.zeros(16 if bits == 4 else 256)
+        room = torch.zeros(16 if bits == 4 else 256, dtype=torch.float32)
         room[: len(values)] = values
         scales, offsets = (
             None if each is None else _panels(each.repeat_interleave(group // fine, dim=1))

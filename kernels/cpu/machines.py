@@ -13,12 +13,16 @@ import ctypes
 import functools
 import platform
 import sys
+from typing import Any
 
 import attrs
 import numba
-from llvmlite import binding
+from numba.core import codegen as numba_codegen
 
 from .dot import Dot, MultiplyAddBytes, MultiplyAddPairs, SignedDot, Vpdpbusd
+
+codegen: Any = numba_codegen
+"""numba.core.codegen, which has no annotations."""
 
 
 @attrs.frozen
@@ -52,16 +56,12 @@ _HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20
 @functools.cache
 def features() -> frozenset[str]:
     """The instruction sets that Numba compiles for: those of this processor, unless Numba's settings say otherwise."""
-    listed = numba.config.CPU_FEATURES  # type: ignore[attr-defined]  # settings are read from the environment
-    if listed is not None:
-        return frozenset(each[1:] for each in listed.split(",") if each.startswith("+"))
-    if _named():
-        return frozenset()
-    try:
-        found = frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
-    except RuntimeError:  # LLVM cannot tell on this system
-        found = frozenset()
-    return found | {"dotprod"} if _has_dotprod() else found
+    settings: Any = numba.config
+    listed = settings.CPU_FEATURES
+    # Numba's own list, which leaves out AVX where its settings say so.
+    found = codegen.get_host_cpu_features() if listed is None else listed
+    names = frozenset(each[1:] for each in found.split(",") if each.startswith("+"))
+    return names | {"dotprod"} if listed is None and _has_dotprod() else names
 
 
 def runs(machine: Machine) -> bool:
@@ -79,16 +79,15 @@ def runs(machine: Machine) -> bool:
 
 @functools.cache
 def machine(name: str | None = None) -> Machine:
-    """The machine called `name`, or the fastest one that this processor has."""
-    for each in MACHINES:
-        if (name is None and runs(each)) or each.name == name:
+    """The machine called `name`, or the fastest one that this processor has.
+
+    Raises ValueError for one that it has not: LLVM would end the process.
+    """
+    there = [each for each in MACHINES if runs(each)]
+    for each in there:
+        if name in (None, each.name):
             return each
-    raise ValueError(f"no machine called {name!r}; there are {', '.join(each.name for each in MACHINES)}")
-
-
-def _named() -> bool:
-    """Whether Numba was told to compile for a certain processor."""
-    return numba.config.CPU_NAME not in (None, "", "host")  # type: ignore[attr-defined]
+    raise ValueError(f"this processor has no machine {name!r}, but {', '.join(each.name for each in there)}")
 
 
 def _has_dotprod() -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import mmap
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HUGEPAGE, _PAGEOUT = 14, 21
-_PAGE = 4096
-"""Where the machine's pages are larger, unaligned advice is refused and nothing happens."""
+_PAGE = mmap.PAGESIZE
 _LEAST = _PAGE
 """Smaller tensors are not worth the call."""
 _MAPPED_ANEW = 32 * 2**20

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ _ROWS_BYTES = 1024 * 1024
 _LARGEST_BLOCK = 128
 _SMOOTHINGS = ("smooth", "smooth_calibrated", "smooth_closed_form")
 """Transforms whose online part is `scales`, which the input is divided by."""
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_PRIVATE: dict[str, Any] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 _MAPPED = 64 * 1024
 """Larger arrays get memory of their own from the system."""
 _LARGEST_INN = 60_000
@@ -201,7 +202,7 @@ class _Maker:
         size = array.nbytes + 64
         # Long-lived blocks between short-lived ones would leave holes in the heap, 15 % of a model.
         if size > _MAPPED:
-            room = numpy.frombuffer(mmap.mmap(-1, size, flags=_PRIVATE), numpy.uint8)
+            room = numpy.frombuffer(mmap.mmap(-1, size, **_PRIVATE), numpy.uint8)
         else:
             room = numpy.empty(size, numpy.uint8)
         start = -room.ctypes.data % 64

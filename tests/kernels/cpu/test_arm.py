@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy
 import pytest
+import unicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import binding, ir
 from loraq.kernels.cpu import decode, memory, tile
 from loraq.kernels.cpu.code_values import CodeValues, Integers, Loads, Loads4, TableBytes
 from loraq.kernels.cpu.machines import DOTPROD, PORTABLE, Machine
-
-unicorn = pytest.importorskip("unicorn")
-arm = pytest.importorskip("unicorn.arm64_const")
+from unicorn import arm64_const as arm
 
 CODE, STACK, DATA, SIZE = 0x1_0000, 0x20_0000, 0x40_0000, 0x10_0000
 STOP = CODE + SIZE - 4096

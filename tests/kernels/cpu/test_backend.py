@@ -20,7 +20,7 @@ from random_layers import inputs_of, layout_of, same, tensors_of
 
 from loraq import formats, ops, registry
 from loraq.layout import Layout, Storage
-from loraq.linear import PackedLinear
+from loraq.linear import PackedLinear, counted
 
 
 def module_of(layout: Layout, seed: int = 0) -> PackedLinear:
@@ -100,26 +100,41 @@ class TestKept:
 
     @pytest.mark.parametrize("assign", [False, True])
     def test_inference_tensors_put_in_place(self, chosen: CpuKernel, assign: bool) -> None:
-        """Those that `__init__` has not seen, which count no writes: their bytes are looked at."""
+        """They count no writes: their bytes are looked at."""
         with torch.inference_mode():
             module = module_of(self.layout)
             module(inputs_of(3, 130))
             module.load_state_dict(tensors_of(self.layout, seed=1), assign=assign, strict=False)
             assert agrees(module, inputs_of(3, 130))
-            assert module.get_buffer("main.codes").is_inference() == assign
+            assert module.get_buffer("main.codes").is_inference()
             module.get_buffer("main.codes").copy_(tensors_of(self.layout, seed=2)["main.codes"])
+            assert agrees(module, inputs_of(3, 130))
+
+    def test_inference_tensors_that_another_writes_to(self, chosen: CpuKernel) -> None:
+        with torch.inference_mode():
+            tensors = tensors_of(self.layout)
+            module = PackedLinear(self.layout, tensors)
+            module(inputs_of(3, 130))
+            tensors["main.codes"].copy_(tensors_of(self.layout, seed=1)["main.codes"])
             assert agrees(module, inputs_of(3, 130))
 
     def test_inference_tensors_made_to_count(self, chosen: CpuKernel) -> None:
         with torch.inference_mode():
             tensors = tensors_of(self.layout)
             module = PackedLinear(self.layout, tensors)
-            assert not any(buffer.is_inference() for buffer in module.buffers())
-            assert module.get_buffer("main.codes").data_ptr() == tensors["main.codes"].data_ptr()
-            module.load_state_dict(tensors_of(self.layout, seed=1), assign=True)
             module.count_writes()
             assert not any(buffer.is_inference() for buffer in module.buffers())
+            assert module.get_buffer("main.codes").data_ptr() == tensors["main.codes"].data_ptr()
+            module(inputs_of(3, 130))
+            module.get_buffer("main.codes").copy_(tensors_of(self.layout, seed=1)["main.codes"])
             assert agrees(module, inputs_of(3, 130))
+
+    @pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+    def test_odd_inference_tensors_stay(self, shape: tuple[int, ...]) -> None:
+        with torch.inference_mode():
+            tensor, turned = torch.zeros(shape, dtype=torch.int16), torch.zeros(3, 4).T
+            assert counted(tensor) is tensor
+            assert counted(turned) is turned
 
     def test_another_bias(self, chosen: CpuKernel) -> None:
         module = module_of(self.layout)
@@ -199,10 +214,10 @@ assert same(CpuKernel().linear(input, tensors, None, layout), ops.reference(inpu
 """
 
 
-def _on_another_processor(machine: str, name: str, features: str, cache: Path) -> str:
+def _on_another_processor(machine: str, cache: Path, **settings: str) -> str:
     """What a process says on stderr whose Numba compiles for another processor, and whose layer is the reference's."""
     code = _ANOTHER_PROCESSOR.format(places=[path for path in sys.path if "tests" in path], machine=machine)
-    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(cache)}
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache)} | settings
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -211,11 +226,26 @@ def _on_another_processor(machine: str, name: str, features: str, cache: Path) -
 @pytest.mark.slow
 def test_a_processor_without_vectors_of_note(tmp_path: Path) -> None:
     """The portable machine, compiled for the oldest processor; said on stderr once, then taken from the disk."""
-    assert "loraq: compiling the CPU kernels" in _on_another_processor("portable", "generic", "", tmp_path)
-    assert "loraq: compiling" not in _on_another_processor("portable", "generic", "", tmp_path)
+    settings = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    assert "loraq: compiling the CPU kernels" in _on_another_processor("portable", tmp_path, **settings)
+    assert "loraq: compiling" not in _on_another_processor("portable", tmp_path, **settings)
+
+
+@pytest.mark.slow
+def test_numba_without_avx(tmp_path: Path) -> None:
+    """Numba leaves AVX out where it is told to, or where the system does not support it."""
+    expected = "neon-dotprod" if machines.runs(machines.DOTPROD) else "portable"
+    _on_another_processor(expected, tmp_path, NUMBA_ENABLE_AVX="0")
+
+
+def test_a_machine_that_the_processor_lacks_is_refused() -> None:
+    lacking = next(each for each in machines.MACHINES if not machines.runs(each))
+    with pytest.raises(ValueError, match=rf"no machine '{lacking.name}', but .*portable"):
+        CpuKernel(lacking.name).linear(inputs_of(1, 8), tensors_of(layout_of(8, 8)), None, layout_of(8, 8))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not machines.runs(machines.AVX2), reason="this processor has no AVX2")
 def test_a_processor_with_avx2_and_no_more(tmp_path: Path) -> None:
-    _on_another_processor("avx2", "haswell", "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c", tmp_path)
+    features = "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c"
+    _on_another_processor("avx2", tmp_path, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features)

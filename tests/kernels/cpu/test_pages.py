@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loraq.kernels.cpu import pages
 from loraq.kernels.cpu.backend import CpuKernel
 from loraq.kernels.cpu.pages import expect, give_back
 from random_layers import inputs_of, layout_of, same, tensors_of
@@ -90,9 +91,14 @@ def test_large_outputs_are_to_have_large_pages() -> None:
     assert int(output.sum(dtype=torch.float64)) == 10_000_001
 
 
-def test_small_ones_and_none_are_left_alone() -> None:
-    for count in (0, 1, 1000):
+def test_small_ones_and_none_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(pages, "_advise", lambda *advice: asked.append(advice))
+    for count in (0, 1, 1000, 2**23 - 1):
         expect(torch.empty(count))
+    assert not asked
+    expect(torch.empty(2**23))
+    assert len(asked) == 1
 
 
 def test_a_large_output_is_the_reference_s() -> None:
