@@ -282,11 +282,11 @@ def main() -> None:
     parser.add_argument("--threads", action="append", type=int, help="repeatable; 1 and 2 by default")
     parser.add_argument("--seconds", type=float, default=0.3, help="how long each contender of a cell runs")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
-    parser.add_argument("--machine", help="one of the kernel's machines, instead of this processor's fastest")
+    there = [each.name for each in machines.MACHINES if machines.runs(each)]
+    parser.add_argument("--machine", choices=there, help="one of the kernel's machines instead of the fastest here")
     parser.add_argument("--model", action="store_true", help="time a whole denoising step instead")
     options = parser.parse_args()
     if options.machine:
-        machines.machine(options.machine)  # refuses what this processor has not
         kernel = backend.CpuKernel(options.machine)
         ops.kernel_for = lambda layout, device: kernel  # type: ignore[assignment]  # without its cache
     chosen = ops.kernel_for(random_layer(64, 32, 0).layout, "cpu")

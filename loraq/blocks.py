@@ -21,6 +21,8 @@ _ELEMENTS = 2**18
 """As many elements a block has at most, unless a row alone has more: a MiB of float32, which a core's cache holds."""
 _ELEMENTS_ELSEWHERE = 2**24
 """The same off the CPU, where each operation takes its time to launch."""
+_PICKED = 256
+"""Rows that are picked from a matrix at a time."""
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
@@ -32,10 +34,10 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def pieces(rows: Tensor, most: int) -> Iterator[Tensor]:
-    """The indices `rows` (n,), at most so many at a time: picking rows of a matrix copies them."""
-    for start in range(0, len(rows), most):
-        yield rows[start : start + most]
+def pieces(rows: Tensor) -> Iterator[Tensor]:
+    """The indices `rows` (n,), some at a time: picking rows of a matrix copies them."""
+    for start in range(0, len(rows), _PICKED):
+        yield rows[start : start + _PICKED]
 
 
 def by_rows(function: Callable[..., Tensor], matrix: Tensor, *others: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ N-bit grid as far apart as the group needs, symmetric about 0. Unfitted, they ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import attrs
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     from loraq.lazy import torch
-
-_ROWS = 256
-"""Rows of a kind that are picked from a matrix at a time."""
 
 
 @attrs.frozen
@@ -79,45 +77,30 @@ class MixedWidthFormat(AbstractFormat):
 
     def with_rows(self, widths: Tensor, codes: Tensor, scales: Tensor, group: int) -> Coded:
         """The coded matrix of these `codes` (rows, columns) int8, each within its row's width of `widths` (rows,)."""
-        blank = {
-            "codes": codes,  # both are replaced at once
-            "planes": codes.view(torch.uint8),
-            "widths": widths.to(torch.uint8).unsqueeze(0),
-            "scales": scales,
-        }
-        return self._with_integers(Coded(self, (codes.shape[0], codes.shape[1]), group, blank), codes)
+        parts = {"widths": widths.to(torch.uint8).unsqueeze(0), "scales": scales}
+        return Coded(self, (codes.shape[0], codes.shape[1]), group, parts | self._codes(codes, widths))
 
     def widths(self, coded: Coded) -> Tensor:
         """0, 1 or 2 for each row of `bits` - 1, `bits` or `bits` + 1 bits, (rows,) int64."""
         return coded.parts["widths"][0].long()
 
-    def _with_integers(self, coded: Coded, codes: Tensor) -> Coded:
-        """`coded` with the given codes (rows, columns), each within its row's width."""
-        widths = self.widths(coded)
-        low, high = (widths == 0).nonzero().squeeze(1), (widths == 2).nonzero().squeeze(1)
+    def _codes(self, codes: Tensor, widths: Tensor) -> dict[str, Tensor]:
+        """The parts that hold `codes` (rows, columns), each within its row's width of `widths` (rows,)."""
         codes = codes.to(torch.int8)
         planes = codes & 1
-        for highs, lows in zip(
-            pieces(high, _ROWS), pieces(low, _ROWS), strict=True
-        ):  # as many of the one as of the other
-            many = codes[highs]
-            planes[highs], planes[lows] = (many >> 1) & 1, many & 1
-        parts = {
-            **coded.parts,
-            "codes": (codes >> widths.to(torch.int8).unsqueeze(1)).contiguous(),
-            "planes": planes.view(torch.uint8).contiguous(),
-        }
-        return attrs.evolve(coded, parts=parts)
+        for low, high in _pairs(widths):
+            many = codes[high]
+            planes[high], planes[low] = (many >> 1) & 1, many & 1
+        upper = codes >> widths.to(torch.int8).unsqueeze(1)
+        return {"codes": upper.contiguous(), "planes": planes.view(torch.uint8).contiguous()}
 
     def integers(self, coded: Coded) -> Tensor:
         """The codes, (rows, columns) int8."""
-        widths = self.widths(coded)
-        low, high = (widths == 0).nonzero().squeeze(1), (widths == 2).nonzero().squeeze(1)
         codes, planes = coded.codes, coded.parts["planes"].view(torch.int8)
         integers = (codes << 1).bitwise_or_(planes)
-        for highs, lows in zip(pieces(high, _ROWS), pieces(low, _ROWS), strict=True):
-            integers[highs] = (integers[highs] << 1) | planes[lows]
-            integers[lows] = codes[lows]
+        for low, high in _pairs(self.widths(coded)):
+            integers[high] = (integers[high] << 1) | planes[low]
+            integers[low] = codes[low]
         return integers
 
     def decode(self, coded: Coded) -> Tensor:
@@ -134,7 +117,14 @@ class MixedWidthFormat(AbstractFormat):
 
     def with_points(self, coded: Coded, indices: Tensor) -> Coded:
         halves = 2 ** (self.bits - 2 + self.widths(coded)).unsqueeze(1)
-        return self._with_integers(coded, torch.minimum(indices, 2 * halves - 1) - halves)
+        codes = self._codes(torch.minimum(indices, 2 * halves - 1) - halves, self.widths(coded))
+        return attrs.evolve(coded, parts={**coded.parts, **codes})
+
+
+def _pairs(widths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of width 0 and those of width 2, of which there are as many: (some of the one, those of the other)."""
+    low, high = ((widths == width).nonzero().squeeze(1) for width in (0, 2))
+    return zip(pieces(low), pieces(high), strict=True)
 
 
 def row_errors(values: Tensor, coded: Coded, gram: Tensor | None = None) -> Tensor:

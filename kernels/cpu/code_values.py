@@ -46,23 +46,30 @@ class CodeValues(ABC):
         return self.builder.shuffle_vector(one, other, order)
 
 
-class Integers(CodeValues):
+class BySixteen(CodeValues):
+    """Sixteen codes after the other."""
+
+    def halves(self, codes: Any) -> tuple[Any, Any]:
+        return self.sixteen(codes, 0), self.sixteen(codes, LANES)
+
+    @abstractmethod
+    def sixteen(self, codes: Any, first: int) -> Any:
+        """The values of the codes from `first` on."""
+
+
+class Integers(BySixteen):
     """No table: the codes are two's complement integers."""
 
-    def halves(self, codes: Any) -> tuple[Any, Any]:
+    def sixteen(self, codes: Any, first: int) -> Any:
         high = same(_INTEGERS, 24)
-        shifted = (self.builder.shl(self.part(codes, first, LANES), high) for first in (0, LANES))
-        one, other = (self.builder.sitofp(self.builder.ashr(each, high), FLOATS) for each in shifted)
-        return one, other
+        bits = self.builder.shl(self.part(codes, first, LANES), high)
+        return self.builder.sitofp(self.builder.ashr(bits, high), FLOATS)
 
 
-class Loads(CodeValues):
+class Loads(BySixteen):
     """Any processor: a load a code."""
 
-    def halves(self, codes: Any) -> tuple[Any, Any]:
-        return self._sixteen(codes, 0), self._sixteen(codes, LANES)
-
-    def _sixteen(self, codes: Any, first: int) -> Any:
+    def sixteen(self, codes: Any, first: int) -> Any:
         builder, found = self.builder, ir.Constant(FLOATS, ir.Undefined)
         for lane in range(LANES):
             index = builder.zext(builder.extract_element(codes, ir.Constant(INT, first + lane)), LONG)
@@ -77,7 +84,7 @@ class Loads4(Loads):
     bits = 4
 
 
-class PermutedFloats(CodeValues):
+class PermutedFloats(BySixteen):
     """AVX-512, 4 bits: a table of 16 is one register (vpermps)."""
 
     bits = 4
@@ -86,10 +93,7 @@ class PermutedFloats(CodeValues):
         super().__init__(builder, values)
         self.table = load(builder, FLOATS, values)
 
-    def halves(self, codes: Any) -> tuple[Any, Any]:
-        return self._sixteen(codes, 0), self._sixteen(codes, LANES)
-
-    def _sixteen(self, codes: Any, first: int) -> Any:
+    def sixteen(self, codes: Any, first: int) -> Any:
         return instruction(
             self.builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, self.table, self.part(codes, first, LANES)
         )

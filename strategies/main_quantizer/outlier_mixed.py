@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 else:
     from loraq.lazy import torch
 
-_ROWS = 1024
-"""Rows of one width that are rounded at a time."""
-
 
 def _is_mixed(instance: object, attribute: attrs.Attribute[Any], value: AbstractFormat) -> None:
     del instance
@@ -78,7 +75,7 @@ class OutlierMixed(AbstractQuantizer):
         integers, widths = mixed.integers(guess), mixed.widths(guess)
         codes, scales = torch.empty_like(integers), torch.empty_like(guess.scales)
         for width, grid in enumerate(mixed.grids):
-            for rows in pieces((widths == width).nonzero().squeeze(1), _ROWS):
+            for rows in pieces((widths == width).nonzero().squeeze(1)):
                 before = Coded(
                     grid,
                     (len(rows), weight.shape[1]),
