@@ -72,12 +72,16 @@ def _data_free() -> list[str]:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel cannot set a peak back")
 @pytest.mark.parametrize("name", [*_data_free(), "loraq_fast, outlier_mixed", "loraq_fast, hqq"])
 def test_every_fit_without_data_takes_a_few_matrices(name: str) -> None:
-    """By the benchmark that prints it, on a layer of 67 MB: whole matrices in float64 would be 2 each."""
+    """By the benchmark that prints it, on a layer of 67 MB: whole matrices in float64 would be 2 each.
+
+    The C library's heap keeps up to 1.7 besides, which varies from run to run where it moves the size that goes there.
+    """
     script = Path(__file__).parent.parent / "benchmarks" / "fit_memory.py"
     command = [sys.executable, script, "--shape", "8192x2048", "--only", name]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    fixed = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(8 * 2**20)}
+    told = subprocess.run(command, env=fixed, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     assert told.startswith(f"{name} ")
-    assert float(told.removeprefix(name).split()[0]) <= 7.5, told
+    assert float(told.removeprefix(name).split()[0]) <= 6.5, told
 
 
 @given(st.sampled_from([(1, 1), (3, 2**20 + 1), (40, 2**15), (0, 5), (2**20 + 3, 1)]))

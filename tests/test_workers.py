@@ -399,7 +399,9 @@ class Launched:
         code = self.process.wait(timeout=300)
         text = self.log.read_text()
         said = [line for line in text.splitlines(keepends=True) if line.startswith(("error: ", "interrupted"))]
-        assert text.count("Traceback (most recent call last)") == (code != 0), "torchrun's own, where it fails"
+        # torchrun's own: one where it fails, and one on a machine that looks for the others when they are gone already.
+        expected = (code != 0) + text.count("Error waiting on exit barrier")
+        assert text.count("Traceback (most recent call last)") == expected, text
         return Finished(code, text, "".join(said))
 
 
