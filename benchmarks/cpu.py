@@ -37,6 +37,7 @@ from llvmlite import ir
 from numba import types
 from torch import Tensor
 
+import loraq
 from loraq import ops
 from loraq.layout import Layout
 from loraq.linear import PackedLinear
@@ -243,11 +244,14 @@ def steps(batch: int, tokens: int, threads: int) -> dict[str, float]:
     maker: Any = PixArtTransformer2DModel
     model = maker(**options, use_additional_conditions=False).bfloat16().eval()
     packed = copy.deepcopy(model)
-    for name, module in list(packed.named_modules()):
-        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
-            parent, _, leaf = name.rpartition(".")
-            layer = random_layer(module.in_features, module.out_features, RANK, "hadamard")
-            setattr(packed.get_submodule(parent), leaf, layer)
+    # Layers of random codes would do for a layer alone; here their large outputs would double the time of each GELU.
+    quick = [
+        loraq.stage("pre_transform", "hadamard"),
+        loraq.stage("main_quantizer", "rtn", weight="int4", activation="int8"),
+        loraq.stage("low_rank", "loraq_fast", steps=1, rank=RANK),
+        loraq.stage("branch_quantizer", "rtn", weight="int8", activation="int8"),
+    ]
+    loraq.Pipeline(quick, threads=1).quantize(packed)
     latents = torch.randn(batch, 4, side, side).bfloat16()
     given = {
         "encoder_hidden_states": torch.randn(batch, 120, 4096).bfloat16(),
