@@ -21,7 +21,7 @@ import attrs
 
 from loraq.blocks import by_rows, pieces, row_blocks
 from loraq.contracts import AbstractFormat
-from loraq.formats import IntegerFormat, grouped, largest, no_integers, recoded, rows_of, scaled, ungrouped
+from loraq.formats import IntegerFormat, grouped, largest, no_integers, quotient, recoded, rows_of, scaled, ungrouped
 from loraq.layer import Coded, Part, groups_of
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class BinaryResidualFormat(AbstractFormat):
 
     def even_scales(self, limits: Tensor) -> Tensor:
         """The scales with which, the residual's being a quarter of them, an even grid reaches to `limits`."""
-        return limits / ((1 << (self.bits - 2)) - 0.25)
+        return quotient(limits, (1 << (self.bits - 2)) - 0.25)
 
     def rounded(self, values: Tensor, group: int, scales: Tensor, residual_scales: Tensor) -> Coded:
         """`values` (rows, columns) at the nearest points under the given scales, both (rows, groups)."""

@@ -26,6 +26,7 @@ from loraq.formats import (
     integer_lookup,
     largest,
     no_integers,
+    quotient,
     scaled,
     scaled_points,
     with_codes,
@@ -146,7 +147,8 @@ class FloatGroupFormat(AbstractFormat, AbstractLookup):
     def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
         del full_range  # the sign is a bit of its own
         rows, columns = values.shape
-        scales = ((largest(values, group) if limits is None else limits) / self.grid.top).to(torch.bfloat16)
+        reached = largest(values, group) if limits is None else limits
+        scales = quotient(reached, self.grid.top).to(torch.bfloat16)
         codes = codes_of(self.grid.encode, values, scales, group)
         return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales})
 
@@ -282,9 +284,9 @@ class TwoLevelFloatFormat(AbstractFormat, AbstractLookup):
         rows, columns = values.shape
         reached = largest(values, group) if limits is None else limits
         peak = reached.amax() if reached.numel() else reached.new_zeros(())
-        matrix_scale = (peak / (E2M1.top * E4M3.top)).reshape(1)
+        matrix_scale = quotient(peak, E2M1.top * E4M3.top).reshape(1)
         divisor = torch.where(matrix_scale > 0, matrix_scale, torch.inf)
-        scales = E4M3.encode(reached / E2M1.top / divisor)
+        scales = E4M3.encode(quotient(reached, E2M1.top) / divisor)
         codes = codes_of(E2M1.encode, values, E4M3.decode(scales) * matrix_scale, group)
         parts = {"codes": codes, "scales": scales, "matrix_scale": matrix_scale}
         return Coded(self, (rows, columns), group, parts)

@@ -50,9 +50,18 @@ def largest(values: Tensor, group: int) -> Tensor:
     return by_rows(lambda part: grouped(part, group).abs().amax(dim=-1), values)
 
 
+def quotient(values: Tensor, number: float) -> Tensor:
+    """`values / number`, rounded once, on every device.
+
+    On a GPU torch multiplies by the reciprocal of a divisor that is a Python number, which rounds twice: in one of
+    100,000 groups of int4 a scale would be another.
+    """
+    return values / torch.full((), number, dtype=values.dtype, device=values.device)
+
+
 def _stored_scales(limits: Tensor, top: float) -> Tensor:
     """Scales (rows, groups) bfloat16 that map `limits` to the top of the grid."""
-    return (limits / top).to(torch.bfloat16)
+    return quotient(limits, top).to(torch.bfloat16)
 
 
 def divided(values: Tensor, scales: Tensor, group: int) -> Tensor:

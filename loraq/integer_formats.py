@@ -24,6 +24,7 @@ from loraq.formats import (
     integer_lookup,
     largest,
     no_integers,
+    quotient,
     scaled,
     scaled_points,
     ungrouped,
@@ -73,7 +74,7 @@ class AsymmetricFormat(AbstractFormat):
         rows, columns = values.shape
         low, high = _range_with_zero(values, group, limits)
         top = 2**self.bits - 1
-        scales = ((high / top) - (low / top)).to(torch.bfloat16)
+        scales = (quotient(high, top) - quotient(low, top)).to(torch.bfloat16)
         zeros = divided(-low, scales.float(), 1).squeeze(-1).round().clamp(0, top)
 
         def rounded(part: Tensor, steps: Tensor, middles: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class OffsetFormat(AbstractFormat, AbstractLookup):
         del full_range  # every code is in use
         rows, columns = values.shape
         low, high = _range_with_zero(values, group, limits)
-        scales = ((high - low) / (2**self.bits - 1)).to(torch.bfloat16)
+        scales = quotient(high - low, 2**self.bits - 1).to(torch.bfloat16)
         # The codes' middle is at -1/2.
         offsets = (low / 2 + high / 2 + scales.float() / 2).to(torch.bfloat16)
         limit = 2 ** (self.bits - 1)
@@ -246,8 +247,8 @@ class TwoLevelIntegerFormat(AbstractFormat):
     def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
         rows, columns = values.shape
         reached = largest(values, group) if limits is None else limits
-        wanted = reached / 7
-        row_scales = (wanted.amax(dim=1, keepdim=True) / _LARGEST_MULTIPLIER).to(torch.bfloat16)
+        wanted = quotient(reached, 7)
+        row_scales = quotient(wanted.amax(dim=1, keepdim=True), _LARGEST_MULTIPLIER).to(torch.bfloat16)
         multipliers = divided(wanted, row_scales.float(), wanted.shape[1]).squeeze(1)
         # A group that is not all zeros has at least 1, or it would vanish.
         multipliers = torch.where(reached > 0, multipliers.round().clamp(1, _LARGEST_MULTIPLIER), 0)

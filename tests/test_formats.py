@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraq import formats
+from loraq import formats, registry
 from loraq.activation import Activation, activation
 from loraq.errors import LoraqError
 from loraq.formats import BFLOAT16, INT4, INT6, INT8, IntegerFormat, TableFormat
@@ -112,6 +116,31 @@ def test_formats_by_name() -> None:
         formats.named("init4")
     with pytest.raises(ValueError, match="ascending"):
         TableFormat("bad", 2, (1.0, 0.0))
+
+
+class NoReciprocals(TorchDispatchMode):
+    """Fails where values are divided by a Python number: by its reciprocal, on a GPU, which is another division unless
+    the number is a power of two. (0-dimensional tensors count as numbers there unless they lie on the GPU themselves.)
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "div" in str(func) and isinstance(args[0], Tensor) and not isinstance(args[1], Tensor):
+            assert abs(math.frexp(args[1])[0]) == 0.5, f"{func} by {args[1]}"
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", registry.names("loraq.format"))
+def test_a_gpu_gives_the_same_codes(name: str) -> None:
+    format = formats.named(name)
+    with NoReciprocals():
+        format.encode(seeded(3, 96), 32)
+        format.encode(seeded(3, 96), 32, formats.largest(seeded(3, 96), 32) * 0.9)
+
+
+def test_dividing_by_a_number_is_noticed() -> None:
+    with pytest.raises(AssertionError, match=r"div.* by 7"), NoReciprocals():
+        seeded(2, 2) / 7
+    assert torch.equal(formats.quotient(seeded(40, 40), 7), seeded(40, 40) / 7)
 
 
 def test_activations_from_recipes() -> None:

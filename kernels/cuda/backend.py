@@ -8,8 +8,9 @@ Three ways, by what a layer's layout is:
 - anything else is refused, and the torch reference runs on the GPU.
 
 A layer's repacked form belongs to its stored tensors and their versions, as in the CPU backend: it is made anew when
-they are replaced or written in place, and goes when the first of them goes. Inference tensors have no versions, so that
-writing into those in place is not noticed.
+they are replaced or written in place, and goes when the first of them goes. Where they were written in place it is made
+anew in the same memory, because a CUDA graph may hold its addresses. Inference tensors have no versions: writing into
+those in place is not noticed.
 """
 
 from __future__ import annotations
@@ -53,18 +54,23 @@ class _Entry:
 
     def fits(self, layout: Layout, tensors: Mapping[str, Tensor], architecture: str) -> bool:
         """Whether `tensors` are still those, unchanged, and mean the same."""
-        if (self.layout is not layout and self.layout != layout) or self.architecture != architecture:
+        if not self.like(layout, architecture):
             return False
         for reference, state, tensor in zip(self.tensors, self.states, tensors.values(), strict=True):
             if reference() is not tensor or state != _state(tensor):
                 return False
         return True
 
+    def like(self, layout: Layout, architecture: str) -> bool:
+        """Whether it is of this layout and for this architecture."""
+        return (self.layout is layout or self.layout == layout) and self.architecture == architecture
+
     def padded_bias(self, bias: Tensor, ready: Prepared) -> Tensor:
         """The bias for the kernels, kept while it is unchanged."""
         kept = self.bias
         if kept is None or kept[0]() is not bias or kept[1] != _state(bias):
-            kept = self.bias = (weakref.ref(bias), _state(bias), ready.bias(bias))
+            same = None if kept is None or kept[0]() is not bias else kept[2]
+            kept = self.bias = (weakref.ref(bias), _state(bias), ready.bias(bias, same))
             _settle(bias)
         return kept[2]
 
@@ -80,12 +86,17 @@ def _settle(tensor: Tensor) -> None:
         torch.cuda.current_stream(tensor.device).synchronize()
 
 
+class _Thread:
+    """A Python thread while it lives. A new one has no CUDA context yet, which making its launches sees to."""
+
+
 _ENTRIES: dict[int, _Entry] = {}
+_LOCAL = threading.local()
 
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"loraq: {reason}; until then packed layers run in plain torch on the GPU.", stacklevel=2)
+    warnings.warn(f"loraq: {reason}.", stacklevel=2)
 
 
 @attrs.frozen
@@ -105,21 +116,44 @@ class CudaKernel(AbstractKernel):
         if reason is None and self.device is None:
             reason = driver.refusal()
             if reason is not None and "pip install" in reason:
-                _warn_once(reason)
+                _warn_once(f"{reason}; until then packed layers run in plain torch on the GPU")
         return reason
 
     def linear(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
         try:
             if self.device is None and input.get_device() != torch.cuda.current_device():
                 with torch.cuda.device(input.device):
-                    return self._linear(input, tensors, bias, layout)
-            return self._linear(input, tensors, bias, layout)
+                    return self._checked(input, tensors, bias, layout)
+            return self._checked(input, tensors, bias, layout)
         except cache.NoCubinError as error:
-            _warn_once(str(error))
+            _warn_once(f"{error}; until then packed layers run in plain torch on the GPU")
             return ops.reference(input, tensors, bias, layout)
 
-    def _linear(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
+    def _checked(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
+        """The kernels' output; the reference's where a program turned out wrong on this GPU."""
         device = self.device or driver.gpu(input.get_device())
+        uses = device.first_uses
+        if uses is None:
+            return self._linear(device, input, tensors, bias, layout)
+        if uses.failure is None:
+            try:
+                output = self._linear(device, input, tensors, bias, layout)
+            finally:
+                programs = uses.pending()
+            failure = uses.judged(output, programs, input, tensors, bias, layout) if programs else None
+            if failure is None:
+                return output
+            _warn_once(failure)
+        return ops.reference(input, tensors, bias, layout)
+
+    def _linear(
+        self,
+        device: AbstractDevice,
+        input: Tensor,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        layout: Layout,
+    ) -> Tensor:
         entry = _entry(tensors, layout, device.architecture)
         ready = entry.ready
         if isinstance(ready, fallback.PlainLayer):
@@ -147,10 +181,15 @@ def _entry(tensors: Mapping[str, Tensor], layout: Layout, architecture: str) -> 
         if entry is not None and entry.fits(layout, tensors, architecture):
             return entry
         states = tuple(_state(tensor) for tensor in tensors.values())
-        ready = _made(layout, tensors, architecture)
+        ready, bias = _made(layout, tensors, architecture), None
+        if entry is not None and isinstance(ready, Prepared) and entry.like(layout, architecture):
+            assert isinstance(entry.ready, Prepared), "of the same layout"
+            entry.ready.take(ready)
+            ready, bias = entry.ready, entry.bias
         weakref.finalize(first, _ENTRIES.pop, id(first), None).atexit = False
         _settle(first)
-        entry = _Entry(layout, architecture, ready, tuple(weakref.ref(tensor) for tensor in tensors.values()), states)
+        references = tuple(weakref.ref(tensor) for tensor in tensors.values())
+        entry = _Entry(layout, architecture, ready, references, states, bias)
         _ENTRIES[id(first)] = entry
     return entry
 
@@ -172,12 +211,24 @@ def _run(ready: Prepared, device: AbstractDevice, input: Tensor, output: torch.d
     tokens = input.shape[0]
     # Kept with the layer, for as long as it lives. The sizes of a call decide its way.
     size = 0 if tokens <= skinny.TOKENS else 1 if tokens <= runner.SPLIT_TOKENS else 2
-    key = (threading.get_ident(), size, input.dtype, output, bias is None, id(device))
-    found = ready.runners.get(key)
+    key = (size, input.dtype, output, bias is None, id(device))
+    thread = _thread()
+    runners = ready.runners.get(thread)
+    if runners is None:
+        runners = ready.runners[thread] = {}
+    found = runners.get(key)
     if found is None:
         way = runner.Way.of(ready.plan, tokens, device.architecture)
-        found = ready.runners[key] = runner.Runner(ready, way, device, input.dtype, output, bias is not None)
+        found = runners[key] = runner.Runner(ready, way, device, input.dtype, output, bias is not None)
     return found(input, bias)
+
+
+def _thread() -> _Thread:
+    """What stands for this thread: not its number, which Python gives to the next one when it has ended."""
+    found: _Thread | None = getattr(_LOCAL, "thread", None)
+    if found is None:
+        found = _LOCAL.thread = _Thread()
+    return found
 
 
 def _with_branch_in_torch(

@@ -24,7 +24,18 @@ from .program import AbstractProgram, name
 _ANNOUNCED_AFTER = 1.0
 _LOCK = threading.Lock()
 _announced = threading.Event()
-_NOT_CODE = ("backend", "build", "cache", "driver", "emulated", "emulated_memory", "emulator", "runner", "simulator")
+_NOT_CODE = (
+    "backend",
+    "build",
+    "cache",
+    "driver",
+    "emulated",
+    "emulated_memory",
+    "emulator",
+    "first_use",
+    "runner",
+    "simulator",
+)
 """Modules that no cubin depends on."""
 
 
@@ -69,21 +80,26 @@ def code_for(program: AbstractProgram, architecture: str) -> str:
     return "90a" if isinstance(program, Hopper) else architecture.rstrip("a")
 
 
+def prebuilt() -> str | None:
+    """The folder of cubins that were built beforehand."""
+    return os.environ.get("LORAQ_CUDA_PREBUILT") or None
+
+
 def usable() -> str | None:
     """None where kernels can be had, compiled or prebuilt, else a sentence that says what to install."""
-    return None if os.environ.get("LORAQ_CUDA_PREBUILT") else toolchain.missing()
+    return toolchain.missing() if prebuilt() is None else None
 
 
 def cubin(program: AbstractProgram, architecture: str) -> bytes:
     """The program's code. Raises NoCubinError where it is not on disk and cannot be compiled."""
     stem = f"{name(program)}.sm_{architecture}.{source_digest()}"
-    prebuilt = os.environ.get("LORAQ_CUDA_PREBUILT")
+    beforehand = prebuilt()
     with _LOCK:
-        for found in sorted(Path(prebuilt).glob(f"{stem}.*.cubin")) if prebuilt else ():
+        for found in sorted(Path(beforehand).glob(f"{stem}.*.cubin")) if beforehand else ():
             return found.read_bytes()
         tools = _tools()
         if tools is None:
-            raise NoCubinError(_lacking(stem, prebuilt))
+            raise NoCubinError(_lacking(stem, beforehand))
         path = folder() / f"{stem}.{tools}.cubin"
         try:
             return path.read_bytes()
@@ -92,12 +108,12 @@ def cubin(program: AbstractProgram, architecture: str) -> bytes:
         return build(program, architecture, path)
 
 
-def _lacking(stem: str, prebuilt: str | None) -> str:
+def _lacking(stem: str, beforehand: str | None) -> str:
     why = toolchain.missing()
-    if prebuilt is None:
+    if beforehand is None:
         return str(why)
     return (
-        f"LORAQ_CUDA_PREBUILT={prebuilt} has no '{stem}.*.cubin', so it is of another version, architecture or layer, "
+        f"LORAQ_CUDA_PREBUILT={beforehand} has no '{stem}.*.cubin', so it is of another version, machine or layer, "
         f"and {why}"
     )
 

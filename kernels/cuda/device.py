@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .first_use import FirstUses
     from .program import AbstractProgram
 
     Argument = Tensor | int
@@ -44,6 +45,11 @@ class AbstractDevice(ABC):
     def architecture(self) -> str:
         """What code it runs, such as "90a": compute capability without the point."""
 
+    @property
+    def first_uses(self) -> FirstUses | None:
+        """What is known of programs' first use here; None where nobody looks."""
+        return None
+
     @abstractmethod
     def launch(self, program: AbstractProgram, arguments: Sequence[Argument]) -> AbstractLaunch:
         """The kernel of `program` with these arguments, compiled or loaded where it was not yet."""
@@ -56,3 +62,16 @@ class AbstractDevice(ABC):
 def native_int4(architecture: str) -> bool:
     """Whether the tensor cores multiply 4-bit integers themselves; later ones take some 200 instructions for it."""
     return architecture in ("80", "86", "87", "88", "89")
+
+
+_SHARED_KILOBYTES = {"80": 164, "86": 100, "89": 100, "90": 228, "90a": 228, "100": 228, "120": 100}
+_BLOCK_BYTES = 1024
+"""What the system takes of it for each block."""
+
+
+def blocks_by_shared(architecture: str, shared_bytes: int) -> int:
+    """How many blocks with so much shared memory find room on a multiprocessor.
+
+    Source: CUDA C++ programming guide, table "Technical specifications per compute capability".
+    """
+    return _SHARED_KILOBYTES[architecture] * 1024 // (shared_bytes + _BLOCK_BYTES)

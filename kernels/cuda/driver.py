@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from . import cache
+from . import cache, toolchain
 from .device import AbstractDevice, AbstractLaunch
+from .first_use import FirstUses
 from .program import AbstractProgram, name
-from .toolchain import ARCHITECTURES
-from .toolchain import found as _found
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +32,18 @@ if TYPE_CHECKING:
 
 _STATIC_SHARED = 48 * 1024
 """What a block may have of shared memory without asking."""
-_DRIVER = 13000
-"""The version of CUDA whose assembler makes the cubins; older drivers do not read them."""
+_DRIVERS = {12: "525", 13: "580"}
+"""The first driver of each version of CUDA. Cubins of one are not read by drivers of the one before."""
+_OTHERS = ((8, 7),)
+"""Jetson's: NVIDIA does not promise that code for its generation's cards runs there."""
 _LOCK = threading.Lock()
 
 
 def code_architecture(major: int, minor: int) -> str | None:
-    """Which of ARCHITECTURES a GPU runs the code of: the last of its generation not beyond it; None for others."""
-    plain = [each for each in ARCHITECTURES if each.isdigit()]
+    """Which of toolchain.ARCHITECTURES a GPU runs the code of: the last of its generation not beyond it, or None."""
+    if (major, minor) in _OTHERS:
+        return None
+    plain = [each for each in toolchain.ARCHITECTURES if each.isdigit()]
     fitting = [each for each in plain if int(each[:-1]) == major and int(each[-1]) <= minor]
     return fitting[-1] if fitting else None
 
@@ -59,6 +62,9 @@ class _DriverLaunch(AbstractLaunch):
         self._name = name(program)
         self._device = device
         self._start, self._stream, self._index = device.api.cuLaunchKernel, device.stream, device.index
+        self._program = program
+        # While it is not None: who is to know that an unproved program was started.
+        self._first_uses = device.first_uses
         for place, argument in enumerate(arguments):
             self.set(place, argument)
 
@@ -80,24 +86,39 @@ class _DriverLaunch(AbstractLaunch):
             raise RuntimeError(
                 f"the CUDA kernel {self._name} could not be started: {_reason(self._device.api, status)}"
             )
+        if self._first_uses is not None:
+            if self._program in self._first_uses.proved:
+                self._first_uses = None
+            else:
+                self._first_uses.started(self._program)
 
 
 @attrs.frozen(eq=False)
 class Driver(AbstractDevice):
-    """The GPU called `index` in torch. `api` is cuda.bindings.driver, `stream` gives torch's current stream there."""
+    """The GPU called `index` in torch. `api` is cuda.bindings.driver, `stream` gives torch's current stream there.
+
+    `first_uses` is its record of programs' first use, None to run them unchecked.
+    """
 
     index: int
     architecture: str
     api: Any = attrs.field(repr=False)
     stream: Any = attrs.field(repr=False)
+    first_uses: FirstUses | None = None
     functions: dict[AbstractProgram, Any] = attrs.field(factory=dict, repr=False)
 
     def launch(self, program: AbstractProgram, arguments: Sequence[Argument]) -> AbstractLaunch:
         self._make_current()
         with _LOCK:
             if program not in self.functions:
-                self.functions[program] = self._load(program)
-        return _DriverLaunch(self, self.functions[program], program, arguments)
+                try:
+                    self.functions[program] = self._load(program)
+                except cache.NoCubinError as error:  # not to be tried again in every call
+                    self.functions[program] = error
+        function = self.functions[program]
+        if isinstance(function, cache.NoCubinError):
+            raise function.with_traceback(None)
+        return _DriverLaunch(self, function, program, arguments)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -125,8 +146,10 @@ class Driver(AbstractDevice):
         """What a driver function gave beside its status, which must be 0."""
         status, *found = answer
         if status:
-            what = "the GPU's context" if program is None else f"the CUDA kernel {name(program)}"
-            raise RuntimeError(f"{what} could not be loaded: {_reason(self.api, status)}")
+            reason = _reason(self.api, status)
+            if program is None:
+                raise RuntimeError(f"the GPU's context could not be had: {reason}")
+            raise cache.NoCubinError(f"the CUDA kernel {name(program)} could not be loaded: {reason}")
         return found[0] if found else None
 
 
@@ -140,7 +163,8 @@ def _reason(api: Any, status: Any) -> str:
 def gpu(index: int) -> Driver:
     """The GPU that torch calls `index`; `refusal` must be None for it.
 
-    On Hopper, LORAQ_CUDA_WGMMA=1 gives all layers with 4-bit weights to hopper.py, which waits for its first GPU.
+    LORAQ_CUDA_CHECK=0 leaves out the comparison at first use. On Hopper, LORAQ_CUDA_WGMMA=1 gives all layers with 4-bit
+    weights to hopper.py, which waits for its first GPU.
     """
     architecture = code_architecture(*torch.cuda.get_device_capability(index))
     assert architecture is not None, "refusal has looked"
@@ -148,7 +172,7 @@ def gpu(index: int) -> Driver:
         architecture = "90a"
     api = importlib.import_module("cuda.bindings.driver")
     stream = torch._C._cuda_getCurrentRawStream  # only builds with CUDA have it
-    return Driver(index, architecture, api, stream)
+    return Driver(index, architecture, api, stream, None if os.environ.get("LORAQ_CUDA_CHECK") == "0" else FirstUses())
 
 
 def refusal() -> str | None:
@@ -157,16 +181,23 @@ def refusal() -> str | None:
         return "torch finds no CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
     if code_architecture(major, minor) is None:
-        return f"the CUDA kernels run from compute capability 8.0 on, and this GPU has {major}.{minor}"
-    if not _found("cuda.bindings"):
-        return "the CUDA kernels need the package cuda-bindings to be started; pip install 'loraq[cuda]' brings it"
-    version = _driver_version()
-    if version < _DRIVER:
         return (
-            f"the CUDA kernels need a driver of CUDA {_DRIVER // 1000} (580 or newer), "
-            f"and this one is of CUDA {version // 1000}.{version % 1000 // 10}"
+            f"the CUDA kernels are for compute capability 8.0, 8.6, 8.9, 9.0, 10 and 12; this GPU has {major}.{minor}"
         )
-    return cache.usable()
+    if not toolchain.found("cuda.bindings"):
+        return f"the CUDA kernels need the package cuda-bindings to be started; {toolchain.install()} brings it"
+    reason = cache.usable()
+    if reason is not None:
+        return reason
+    # What prebuilt cubins were made by, their loading shows.
+    version, needed = _driver_version(), toolchain.major() if cache.prebuilt() is None else min(_DRIVERS)
+    if version // 1000 >= needed:
+        return None
+    other = "; pip install 'loraq[cuda12]' brings a compiler for it" if version // 1000 in _DRIVERS else ""
+    return (
+        f"the CUDA kernels need a driver of CUDA {needed} ({_DRIVERS.get(needed, 'its first')} or newer), "
+        f"and this one is of CUDA {version // 1000}.{version % 1000 // 10}{other}"
+    )
 
 
 def _driver_version() -> int:

@@ -55,6 +55,7 @@ class Block:
         self.writer = numpy.full(shared_bytes, _NOBODY, numpy.int32)
         self.reader = numpy.full(shared_bytes, _NOBODY, numpy.int32)
         self.copies: list[list[tuple[Array, Array, Array]]] = [[]]
+        self.fenced = numpy.zeros(shared_bytes, bool)
         self.seen = numpy.zeros(shared_bytes, bool)
         self.numbers = numpy.arange(threads, dtype=numpy.int32)
 
@@ -140,11 +141,15 @@ class Block:
         self._own(places, lanes, "write")
         self.shared[places] = values[lanes]
         self.present[places] = True
-        self.seen[places] = False
+        self._not_fenced(places)
 
     def barrier(self) -> None:
         self.writer[:] = _NOBODY
         self.reader[:] = _NOBODY
+        self.seen |= self.fenced
+
+    def _not_fenced(self, places: Array) -> None:
+        self.fenced[places] = self.seen[places] = False
 
     # Asynchronous copies.
 
@@ -157,8 +162,8 @@ class Block:
         self.copies[-1].append((places, source.copy(), flag.copy()))
 
     def fence(self) -> None:
-        """What is present is seen by wgmma from now on."""
-        self.seen |= self.present
+        """What each thread has written is seen by wgmma, from the next barrier on."""
+        self.fenced |= self.present
 
     def core_matrices(self, start: int, along: int, across: int) -> Array:
         """(128 rows, 32 bytes) as wgmma reads them: core matrices of 8 rows x 16 bytes, so many bytes apart."""
@@ -169,7 +174,7 @@ class Block:
         if not self.present[places].all():
             raise EmulatedError("uninitialised shared memory read")
         if not self.seen[places].all():
-            raise EmulatedError("wgmma reads shared memory that was written after the last fence")
+            raise EmulatedError("wgmma reads shared memory that was written after the last fence and barrier")
         if numpy.any(self.writer[places] != _NOBODY):
             raise EmulatedError("race: shared memory read that another thread wrote since the last barrier")
         self.reader[places] = _SEVERAL
@@ -180,10 +185,14 @@ class Block:
         self.copies.append([])
 
     def wait(self, pending: int) -> None:
-        """All but the last `pending` committed groups are complete."""
+        """All but the last `pending` committed groups are complete, for the thread that copied: others need a barrier
+        after this.
+        """
         complete, self.copies = self.copies[: len(self.copies) - 1 - pending], self.copies[-1 - pending :]
         for group in complete:
             for places, source, flag in group:
-                self.shared[places] = self.read(source, 16, flag)[numpy.flatnonzero(flag)]
+                lanes = numpy.flatnonzero(flag)
+                self.shared[places] = self.read(source, 16, flag)[lanes]
                 self.present[places] = True
-                self.seen[places] = False
+                self.writer[places] = lanes[:, None]
+                self._not_fenced(places)

@@ -10,7 +10,8 @@ Every access is checked, and a fault raises EmulatedError:
 
 - global memory: only inside the given buffers, aligned, never reading bytes of an output that nothing wrote;
 - shared memory: inside its size, aligned, never reading bytes that nothing wrote; bytes of an asynchronous copy exist
-  only after the wait that completes it, when they are taken from its source;
+  only after the wait that completes it, when they are taken from its source, and for other threads only after a barrier
+  behind that;
 - races: between two barriers no thread may read or write bytes that another thread wrote, nor write bytes that another
   thread read. Threads of a warp count as well: kernels here never rely on a warp's order;
 - arithmetic that the kernels rely on: an integer sum that leaves int32.

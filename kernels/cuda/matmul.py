@@ -38,6 +38,7 @@ from typing import Any, Literal
 import attrs
 
 from . import rows
+from .device import blocks_by_shared
 from .instructions import MAGIC, MAGIC_FLOAT
 from .program import AbstractProgram
 
@@ -61,6 +62,7 @@ class Matmul(AbstractProgram):
     integers: bool = False
     """Whether sums over all columns stay integers: one scale a token and an output, and an integer a group (int4x2)."""
     stages: int = 4
+    """Of the ring in shared memory; the shortest has 3."""
 
     @property
     def operands(self) -> str:
@@ -89,6 +91,12 @@ class Matmul(AbstractProgram):
 
     def make(self, gpu: ModuleType) -> Callable[..., None]:
         return _make(gpu, self)
+
+    def fitted(self, architecture: str) -> Matmul:
+        """The same with as many stages as leave room for the blocks that its registers leave room for."""
+        if blocks_by_shared(architecture, self.shared_bytes) >= self.resident:
+            return self
+        return attrs.evolve(self, stages=3)
 
 
 def _make(gpu: Any, program: Matmul) -> Callable[..., None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import attrs
 import torch
@@ -33,6 +34,13 @@ class Weight:
     scales: Tensor
     row_scales: Tensor | None = None
 
+    def take(self, other: Weight) -> None:
+        """Become `other`, in the same memory."""
+        self.codes.copy_(other.codes)
+        self.scales.copy_(other.scales)
+        if self.row_scales is not None and other.row_scales is not None:
+            self.row_scales.copy_(other.row_scales)
+
 
 @attrs.frozen(eq=False)
 class Prepared:
@@ -44,8 +52,8 @@ class Prepared:
     down: Weight | None
     up: Weight | None
     factors: Tensor | None
-    runners: dict[Hashable, Runner] = attrs.field(factory=dict, repr=False)
-    """The launches of this layer (runner.py), by thread, type and size of call."""
+    runners: WeakKeyDictionary[object, dict[Hashable, Runner]] = attrs.field(factory=WeakKeyDictionary, repr=False)
+    """The launches of this layer (runner.py), by thread, then by type and size of call."""
 
     @classmethod
     def of(cls, layout: Layout, tensors: Mapping[str, Tensor], architecture: str) -> Prepared:
@@ -63,15 +71,27 @@ class Prepared:
             factors=_factors(layout, plan, tensors),
         )
 
+    def take(self, other: Prepared) -> None:
+        """Become `other`, of the same layout, in the same memory: a CUDA graph may hold its addresses."""
+        for mine, new in ((self.main, other.main), (self.down, other.down), (self.up, other.up)):
+            if mine is not None and new is not None:
+                mine.take(new)
+        if self.factors is not None and other.factors is not None:
+            self.factors.copy_(other.factors)
+
     @property
     def bytes(self) -> int:
         """What the repacked matrices take beside the checkpoint's tensors."""
         weights = [each for each in (self.main, self.down, self.up) if each is not None]
         return sum(part.numel() * part.element_size() for each in weights for part in (each.codes, each.scales))
 
-    def bias(self, bias: Tensor) -> Tensor:
-        """`bias` (out,) as the kernels read it: (padded out,) float32."""
-        padded = torch.zeros(self.plan.padded_out, device=bias.device)  # new memory: `bias` may begin anywhere
+    def bias(self, bias: Tensor, padded: Tensor | None = None) -> Tensor:
+        """`bias` (out,) as the kernels read it, (padded out,) float32; in the memory of `padded` if given."""
+        if padded is not None:
+            padded[: self.plan.out] = bias.detach()
+            return padded
+        # New memory: `bias` may begin anywhere.
+        padded = torch.zeros(self.plan.padded_out, dtype=torch.float32, device=bias.device)
         padded[: self.plan.out] = bias.detach()
         return padded
 

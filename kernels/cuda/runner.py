@@ -113,7 +113,7 @@ class Programs:
             aligned=aligned,
             integers=plan.integers,
         )
-        return cls(quantizer, thin, product)
+        return cls(quantizer, thin, product.fitted(architecture))
 
     def list(self) -> list[AbstractProgram]:
         """Those that there are."""

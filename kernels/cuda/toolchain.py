@@ -1,7 +1,8 @@
 """From a program to a cubin: Numba makes PTX, nvJitLink assembles it. Neither needs a GPU or a driver.
 
 `build` is the whole way; `missing` says in a sentence which package it lacks. Numba's own caches and linker are left
-aside, because they ask the driver for the device. Versions matter: PTX of NVVM 13.0 runs with any driver of CUDA 13.
+aside, because they ask the driver for the device. The compiler is CUDA 13.0's (`loraq[cuda]`) or 12.8's
+(`loraq[cuda12]`, for older drivers): what it makes runs with any driver of its own major version or a later one.
 """
 
 # mypy: disable-error-code="attr-defined, import-not-found"
@@ -23,7 +24,12 @@ from .program import AbstractProgram, name
 ARCHITECTURES = ("80", "86", "89", "90", "90a", "100", "120")
 """What kernels are built and tested for: compute capability without the point."""
 
-_INSTALL = "pip install 'loraq[cuda]'"
+
+def install() -> str:
+    """The command that brings a compiler: of the same CUDA as torch, whose libraries it shares."""
+    from torch import version
+
+    return f"pip install 'loraq[{'cuda12' if str(version.cuda).startswith('12.') else 'cuda'}]'"
 
 
 @attrs.frozen
@@ -48,19 +54,18 @@ def missing() -> str | None:
         ("cuda.bindings", "cuda-bindings"),
     ):
         if not found(module):
-            return f"the CUDA kernels need the package {package} to be compiled; {_INSTALL} brings it"
+            return f"the CUDA kernels need the package {package} to be compiled; {install()} brings it"
     from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
 
     for library in ("nvvm", "nvrtc", "nvJitLink"):
         try:
             load_nvidia_dynamic_lib(library)
         except DynamicLibNotFoundError:
-            package = {"nvvm": "nvidia-nvvm", "nvrtc": "nvidia-cuda-nvrtc", "nvJitLink": "nvidia-nvjitlink"}[library]
-            return f"the CUDA kernels need the library {package} to be compiled; {_INSTALL} brings it"
+            return f"the CUDA kernels need NVIDIA's library {library} to be compiled; {install()} brings it"
     from numba import cuda
 
     if getattr(cuda, "implementation", "") != "NVIDIA":
-        return f"Numba's own CUDA target hides numba-cuda, which the kernels need; {_INSTALL} into one environment"
+        return f"Numba's own CUDA target hides numba-cuda, which the kernels need; {install()} into one environment"
     return None
 
 
@@ -76,8 +81,26 @@ def version() -> str:
     """The versions that a cubin depends on."""
     from importlib import metadata
 
-    packages = ("numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink")
-    return " ".join(f"{package} {metadata.version(package)}" for package in packages)
+    packages = ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink", "nvidia-nvjitlink-cu12")
+    there = {each: _version_of(each, metadata) for each in packages}
+    return " ".join(f"{package} {number}" for package, number in there.items() if number) + f" CUDA {major()}"
+
+
+def _version_of(package: str, metadata: Any) -> str | None:
+    try:
+        return str(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def major() -> int:
+    """The major version of CUDA that the assembler belongs to, and at least which a driver must be of. `missing` must
+    be None.
+    """
+    from cuda.bindings import nvjitlink
+
+    return int(nvjitlink.version()[0])
 
 
 @functools.lru_cache(maxsize=64)

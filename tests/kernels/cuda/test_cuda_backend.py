@@ -79,6 +79,30 @@ class TestKept:
         module.bias = None
         assert agrees(module, inputs_of(3, 130))
 
+    def test_written_in_place_it_stays_where_it_is(self, kernel: CudaKernel) -> None:
+        """A CUDA graph holds the addresses."""
+        module = module_of()
+        module(inputs_of(3, 130))
+        entry = backend._ENTRIES[id(module.get_buffer("main.codes"))]
+        before = (entry.ready, entry.ready.main.codes.data_ptr(), entry.bias[2].data_ptr())
+        for name, tensor in tensors_of(LAYOUT, seed=1).items():
+            module.get_buffer(name).copy_(tensor)
+        with torch.no_grad():
+            module.bias.mul_(2)  # type: ignore[union-attr]
+        assert agrees(module, inputs_of(3, 130))
+        entry = backend._ENTRIES[id(module.get_buffer("main.codes"))]
+        assert (entry.ready, entry.ready.main.codes.data_ptr(), entry.bias[2].data_ptr()) == before
+
+    def test_any_default_dtype(self, kernel: CudaKernel) -> None:
+        module, input = module_of(), inputs_of(3, 130)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            output = module(input)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert agrees(module, input)
+        assert same(output, module(input))
+
     def test_copies_are_layers_of_their_own(self, kernel: CudaKernel) -> None:
         module = module_of()
         module(inputs_of(3, 130))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from loraq.kernels.cuda import build, cache, toolchain
-from loraq.kernels.cuda.device import native_int4
+from loraq.kernels.cuda.device import blocks_by_shared, native_int4
 from loraq.kernels.cuda.hopper import Hopper
 from loraq.kernels.cuda.matmul import Matmul
 from loraq.kernels.cuda.plain import Plain
@@ -40,6 +40,7 @@ def quantizer(**changes: object) -> Quantizer:
 
 COMMON: list[AbstractProgram] = [
     matmul(),
+    matmul(stages=3),
     matmul(branch=2),
     matmul(weight_bits=8, branch=0, bias=False, output="float32", aligned=False),
     matmul(integers=True, branch=2),
@@ -93,6 +94,17 @@ def test_everything_stays_in_registers(program: AbstractProgram, architecture: s
     assert not re.search(
         r"^\s*fma\.rn\.f32", re.sub(r"// begin inline asm.*?// end inline asm", "", found.ptx, flags=re.S)
     )
+
+
+@pytest.mark.parametrize("architecture", toolchain.ARCHITECTURES)
+def test_shared_memory_leaves_room_for_as_many_blocks(architecture: str) -> None:
+    """As registers do. The quantizer's branch is the exception where a multiprocessor has 100 KB."""
+    for program in build.standard_programs(architecture):
+        room = blocks_by_shared(architecture, program.shared_bytes)
+        if isinstance(program, Quantizer) and architecture in ("86", "89", "120"):
+            assert room >= 1
+        else:
+            assert room >= program.resident, name(program)
 
 
 def _disassembler() -> str | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import gc
 import itertools
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from loraq.kernels.cuda import backend, cache, driver, prepared, runner, toolchain
+from loraq.kernels.cuda import backend, cache, driver, first_use, prepared, runner, toolchain
 from loraq.kernels.cuda.backend import CudaKernel
 from loraq.kernels.cuda.plain import Plain
 from random_layers import inputs_of, layout_of, tensors_of
@@ -150,6 +154,36 @@ def test_a_thread_without_a_context_gets_torch_s(api: StandIn) -> None:
     assert api.context == 1100
 
 
+def test_every_new_thread_gets_the_context(api: StandIn) -> None:
+    """Even one with the number of a thread that has ended, whose launches are there."""
+    layout = layout_of(40, 64)
+    kernel, tensors, input = CudaKernel(device_of(api)), tensors_of(layout), inputs_of(3, 64)
+    for _ in range(3):
+        api.context = 0
+        thread = threading.Thread(target=kernel.linear, args=(input, tensors, None, layout))
+        thread.start()
+        thread.join()
+        assert api.context == 1100
+    assert len(api.launches) == 6
+    (ready,) = (entry.ready for entry in backend._ENTRIES.values() if entry.layout is layout)
+    gc.collect()
+    assert not ready.runners, "launches of threads that have ended are gone"
+
+
+def test_a_cubin_that_the_driver_does_not_read_leaves_the_layer_to_the_reference(api: StandIn) -> None:
+    backend._warn_once.cache_clear()
+    api.fails.add("cuLibraryLoadData")
+    layout = layout_of(40, 64)
+    tensors, input = tensors_of(layout), inputs_of(3, 64)
+    kernel = CudaKernel(device_of(api))
+    with pytest.warns(UserWarning, match="could not be loaded: CUDA_ERROR_INVALID_VALUE; until then packed layers run"):
+        output = kernel.linear(input, tensors, None, layout)
+    assert torch.equal(output, ops.reference(input, tensors, None, layout))
+    api.fails.clear()  # it is not tried in every call
+    assert torch.equal(kernel.linear(input, tensors, None, layout), output)
+    assert not api.launches
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -168,7 +202,7 @@ def test_what_the_driver_refuses_is_said(api: StandIn, function: str, message: s
     ("capability", "wanted"),
     [
         ((8, 0), "80"),
-        ((8, 7), "86"),
+        ((8, 7), None),
         ((8, 9), "89"),
         ((9, 0), "90"),
         ((10, 3), "100"),
@@ -180,6 +214,13 @@ def test_which_code_a_gpu_runs(capability: tuple[int, int], wanted: str | None) 
     assert driver.code_architecture(*capability) == wanted
 
 
+def test_the_toolchain_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "found", lambda module: module != "numba_cuda")
+    assert toolchain.missing() == (
+        "the CUDA kernels need the package numba-cuda to be compiled; pip install 'loraq[cuda]' brings it"
+    )
+
+
 class TestMissing:
     """Without the packages the reference runs, and one sentence says what to install."""
 
@@ -187,7 +228,9 @@ class TestMissing:
     def gpu(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
-        monkeypatch.setattr(driver, "_found", lambda module: True)
+        monkeypatch.setattr(toolchain, "found", lambda module: True)
+        monkeypatch.setattr(toolchain, "missing", lambda: None)
+        monkeypatch.setattr(toolchain, "major", lambda: 13)
         monkeypatch.setattr(driver, "_driver_version", lambda: 13000)
         monkeypatch.delenv("LORAQ_CUDA_PREBUILT", raising=False)
         backend._warn_once.cache_clear()
@@ -201,13 +244,39 @@ class TestMissing:
     def test_an_old_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
         reason = CudaKernel().refusal(layout_of(8, 64))
-        assert reason == "the CUDA kernels run from compute capability 8.0 on, and this GPU has 7.5"
+        assert reason == "the CUDA kernels are for compute capability 8.0, 8.6, 8.9, 9.0, 10 and 12; this GPU has 7.5"
 
-    def test_an_old_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("compiler", "version", "said"),
+        [
+            (13, 12080, "CUDA 13 (580 or newer), and this one is of CUDA 12.8; pip install 'loraq[cuda12]' brings a "),
+            (13, 11080, "CUDA 13 (580 or newer), and this one is of CUDA 11.8"),
+            (12, 11080, "CUDA 12 (525 or newer), and this one is of CUDA 11.8"),
+            (13, 13020, None),
+            (12, 12040, None),
+            (12, 13000, None),
+        ],
+    )
+    def test_an_old_driver(
+        self, monkeypatch: pytest.MonkeyPatch, compiler: int, version: int, said: str | None
+    ) -> None:
+        monkeypatch.setattr(toolchain, "major", lambda: compiler)
+        monkeypatch.setattr(driver, "_driver_version", lambda: version)
+        reason = driver.refusal()
+        assert reason is None if said is None else said in str(reason)
+
+    def test_prebuilt_cubins_may_be_of_any_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LORAQ_CUDA_PREBUILT", "cubins")
+        monkeypatch.setattr(toolchain, "missing", lambda: "nothing is installed")
         monkeypatch.setattr(driver, "_driver_version", lambda: 12080)
-        assert CudaKernel().refusal(layout_of(8, 64)) == (
-            "the CUDA kernels need a driver of CUDA 13 (580 or newer), and this one is of CUDA 12.8"
-        )
+        assert driver.refusal() is None
+
+    @pytest.mark.parametrize(("cuda", "extra"), [("13.0", "cuda"), ("12.8", "cuda12"), (None, "cuda")])
+    def test_the_compiler_is_of_torch_s_cuda(
+        self, monkeypatch: pytest.MonkeyPatch, cuda: str | None, extra: str
+    ) -> None:
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert toolchain.install() == f"pip install 'loraq[{extra}]'"
 
     def test_another_maker_s_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.version, "hip", "6.2", raising=False)
@@ -220,12 +289,114 @@ class TestMissing:
             assert CudaKernel().refusal(layout_of(8, 64)) == sentence
 
     def test_no_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(driver, "_found", lambda module: False)
+        monkeypatch.setattr(toolchain, "found", lambda module: False)
         with pytest.warns(UserWarning, match="need the package cuda-bindings"):
             assert "cuda-bindings" in str(CudaKernel().refusal(layout_of(8, 64)))
 
-    def test_the_toolchain_names_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(toolchain, "found", lambda module: module != "numba_cuda")
-        assert toolchain.missing() == (
-            "the CUDA kernels need the package numba-cuda to be compiled; pip install 'loraq[cuda]' brings it"
-        )
+
+class Answering(StandIn):
+    """A stand-in for the driver whose products write `answer`, or nothing where that is None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer: torch.Tensor | None = None
+
+    def cuLaunchKernel(self, function: int, *rest: Any) -> tuple[Status]:
+        status = super().cuLaunchKernel(function, *rest)
+        if self.answer is not None and self.launches[-1]["block"] == (256, 1, 1):  # no quantizer, no thin rows
+            ctypes.memmove(self.argument(-1, 9), self.answer.data_ptr(), self.answer.nbytes)
+        return status
+
+
+class TestFirstUse:
+    """The first call of a program on a GPU is compared with the reference."""
+
+    @pytest.fixture(autouse=True)
+    def set_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cache, "cubin", lambda program, architecture: b"code")
+        backend._warn_once.cache_clear()
+        self.api = Answering()
+        self.uses = first_use.FirstUses()
+        self.device = driver.Driver(0, "90", self.api, lambda index: 0, self.uses)
+        self.layout = layout_of(40, 128, 20)
+        self.tensors = tensors_of(self.layout)
+
+    def call(self, input: torch.Tensor) -> torch.Tensor:
+        return CudaKernel(self.device).linear(input, self.tensors, None, self.layout)
+
+    def right(self, input: torch.Tensor) -> torch.Tensor:
+        return ops.reference(input, self.tensors, None, self.layout)
+
+    @pytest.mark.parametrize("tokens", [3, 200, 600])
+    def test_what_agrees_is_not_looked_at_again(self, tokens: int) -> None:
+        input = inputs_of(tokens, 128)
+        self.api.answer = self.right(input)
+        assert torch.equal(self.call(input), self.api.answer)
+        launched = len(self.api.launches)
+        assert self.uses.proved == set(self.device.functions)
+        self.api.answer = torch.full_like(self.api.answer, 7)
+        assert torch.equal(self.call(input), self.api.answer), "what the kernel gave"
+        assert len(self.api.launches) == 2 * launched
+        assert self.uses.failure is None
+
+    def test_what_differs_is_replaced_and_said_once(self) -> None:
+        input = inputs_of(200, 128)
+        self.api.answer = self.right(input)
+        self.api.answer[-1, 3] += 0.01 * torch.linalg.vector_norm(self.api.answer)
+        with pytest.warns(UserWarning, match=r"\(matmul-.*off by 0\.01\d* of its norm.*LORAQ_CUDA_CHECK=0"):
+            assert torch.equal(self.call(input), self.right(input))
+        launched = len(self.api.launches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(self.call(input), self.right(input))
+        assert launched == len(self.api.launches), "no kernel is started any more"
+        assert not self.uses.proved
+
+    def test_a_program_that_comes_later_is_looked_at_as_well(self) -> None:
+        few, many = inputs_of(3, 128), inputs_of(200, 128)
+        self.api.answer = self.right(few)
+        self.call(few)
+        self.api.answer = torch.zeros(200, 40)
+        with pytest.warns(UserWarning, match="200 tokens is off by 1 of its norm"):
+            assert torch.equal(self.call(many), self.right(many))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+    def test_nothing_is_learnt_from_numbers_that_say_nothing(self, value: float) -> None:
+        input = torch.full((3, 128), value)
+        self.api.answer = self.right(input)
+        assert torch.equal(self.call(input).isnan(), self.api.answer.isnan())
+        assert not self.uses.proved
+        assert self.uses.failure is None
+        input = inputs_of(3, 128)
+        self.api.answer = self.right(input)
+        self.call(input)
+        assert self.uses.proved
+
+    def test_a_call_that_fails_leaves_nothing_to_prove(self) -> None:
+        input = inputs_of(3, 128)
+        started = self.api.cuLaunchKernel
+
+        def out_of_memory(function: int, *rest: Any) -> tuple[Status]:
+            started(function, *rest)
+            if len(self.api.launches) > 1:
+                raise RuntimeError("out of memory")
+            return (Status.SUCCESS,)
+
+        self.api.cuLaunchKernel = out_of_memory  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="out of memory"):
+            self.call(input)
+        assert not self.uses.pending()
+
+    @pytest.mark.parametrize(("setting", "checked"), [(None, True), ("1", True), ("0", False)])
+    def test_it_can_be_left_out(self, monkeypatch: pytest.MonkeyPatch, setting: str | None, checked: bool) -> None:
+        for module in ("cuda", "cuda.bindings", "cuda.bindings.driver"):  # they need not be installed
+            monkeypatch.setitem(sys.modules, module, ModuleType(module))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        monkeypatch.delenv("LORAQ_CUDA_CHECK", raising=False)
+        if setting is not None:
+            monkeypatch.setenv("LORAQ_CUDA_CHECK", setting)
+        driver.gpu.cache_clear()
+        found = driver.gpu(0).first_uses
+        driver.gpu.cache_clear()
+        assert (found is not None) == checked

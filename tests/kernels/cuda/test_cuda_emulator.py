@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraq.kernels.cuda import emulator, instructions, matmul
-from loraq.kernels.cuda.emulated_memory import EmulatedError, Memory
+from loraq.kernels.cuda.emulated_memory import Block, EmulatedError, Memory
 
 WARP = 32
 
@@ -209,6 +209,31 @@ class TestFaults:
         with pytest.raises(EmulatedError, match="uninitialised shared memory"):
             self.run(self.copying(wait))
 
+    def test_a_wait_is_for_the_thread_s_own_copies(self) -> None:
+        def kernel(x: Any, y: Any) -> None:
+            thread = emulator.thread()
+            emulator.copy16_if(thread * 16, x + emulator.u64(thread * 16), emulator.u32(thread < 16))
+            emulator.copy_commit()
+            emulator.barrier()  # should be behind the wait
+            emulator.copy_wait_0()
+            emulator.stg32_if(y + emulator.u64(thread * 4), emulator.lds32(thread * 4), 1)
+
+        with pytest.raises(EmulatedError, match="race: shared memory read that another thread wrote"):
+            self.run(kernel)
+
+    @pytest.mark.parametrize("order", ["fence, barrier", "barrier, fence", "fence", "barrier"])
+    def test_wgmma_wants_a_fence_and_then_a_barrier(self, order: str) -> None:
+        block = Block((0, 0), 128, 128 * 32, [])
+        for first in (0, 16):
+            block.store(block.numbers * 32 + first, numpy.ones((128, 16), numpy.uint8), numpy.ones(128))
+        for each in order.split(", "):
+            getattr(block, each)()
+        if order == "fence, barrier":
+            assert block.core_matrices(0, 128, 256).all()
+        else:
+            with pytest.raises(EmulatedError, match="written after the last fence and barrier"):
+                block.core_matrices(0, 128, 256)
+
     def test_sums_beyond_int32(self) -> None:
         def kernel(x: Any, y: Any) -> None:
             emulator.mma_s8(*[0x01010101] * 6, *[2**31 - 1] * 4)
@@ -231,13 +256,17 @@ MUTANTS = {
     "no barrier": ({"barrier": lambda: None}, "race"),
     "waits for too little": ({"copy_wait_1": emulator.copy_wait_2, "copy_wait_2": lambda: None}, "uninitialised"),
     "copies are never waited for": ({"copy_wait_2": lambda: None}, "uninitialised|before its copies"),
+    "waits behind the barrier": (
+        {"copy_wait_2": lambda: None, "barrier": lambda: (emulator.barrier(), emulator.copy_wait_2())},
+        "race",
+    ),
     "flags are ignored": ({"stg128_if": lambda *operands: emulator.stg128_if(*operands[:-1], 1)}, "illegal global"),
 }
 
 
 HOPPER_MUTANTS = {
     "no fence": ({"fence_async": lambda: None}, "written after the last fence"),
-    "no barrier": ({"barrier": lambda: None}, "race"),
+    "no barrier": ({"barrier": lambda: None}, "race|last fence and barrier"),
     "waits for too little": ({"copy_wait_2": lambda: None}, "uninitialised"),
 }
 

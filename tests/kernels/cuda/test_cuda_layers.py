@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from loraq.kernels.cuda import plan, runner
 from loraq.kernels.cuda.backend import CudaKernel
 from loraq.kernels.cuda.emulated import EmulatedDevice
+from loraq.kernels.cuda.matmul import Matmul
 from random_layers import FUSED, SIGNED, inputs_of, layout_of, layouts, same, tensors_of
 from torch import Tensor
 
@@ -213,3 +214,14 @@ def test_codes_at_either_end_of_float32_are_the_reference_s(exponents: list[floa
     coded = ops.quantize_activation(input, layout.activation)
     codes = next(made.keeper for made in device.outputs if made.keeper.dtype == torch.uint8)[: 16 * 64]
     assert torch.equal(codes.view(torch.int8).view(16, 64), coded.codes)
+
+
+@pytest.mark.parametrize("architecture", ["86", "120"])
+@pytest.mark.parametrize("inn", [40, 64, 190, 400])
+def test_a_shorter_ring(architecture: str, inn: int) -> None:
+    """Where a multiprocessor has 100 KB, with less and more groups than the ring has stages."""
+    device, layout = EmulatedDevice(architecture), layout_of(40, inn, 9, activation="int4")
+    tensors, input = tensors_of(layout), inputs_of(20, inn)
+    output = CudaKernel(device).linear(input, tensors, None, layout)
+    assert [each.stages for each in device.programs if isinstance(each, Matmul)] == [3]
+    assert same(output, ops.reference(input, tensors, None, layout))
