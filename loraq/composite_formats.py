@@ -41,13 +41,8 @@ class MixedWidthFormat(AbstractFormat):
     name: str
     bits: int = attrs.field(validator=[attrs.validators.ge(3), attrs.validators.le(7)])
 
-    @property
-    def integer(self) -> bool:
-        return True
-
-    @property
-    def block(self) -> int | None:
-        return None
+    integer = True
+    block = None
 
     @property
     def grids(self) -> tuple[IntegerFormat, IntegerFormat, IntegerFormat]:
@@ -168,13 +163,8 @@ class BinaryResidualFormat(AbstractFormat):
     name: str
     bits: int = attrs.field(validator=[attrs.validators.ge(2), attrs.validators.le(8)])
 
-    @property
-    def integer(self) -> bool:
-        return False
-
-    @property
-    def block(self) -> int | None:
-        return None
+    integer = False
+    block = None
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)

@@ -128,17 +128,12 @@ class FloatGroupFormat(AbstractFormat, AbstractLookup):
     name: str
     grid: Minifloat
 
+    integer = False
+    block = None
+
     @property
     def bits(self) -> int:
         return self.grid.bits
-
-    @property
-    def integer(self) -> bool:
-        return False
-
-    @property
-    def block(self) -> int | None:
-        return None
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)
@@ -179,6 +174,8 @@ class MicroscalingFormat(AbstractFormat, AbstractLookup):
     name: str
     grid: Minifloat | int
 
+    block = 32
+
     @property
     def bits(self) -> int:
         return self.grid if isinstance(self.grid, int) else self.grid.bits
@@ -186,10 +183,6 @@ class MicroscalingFormat(AbstractFormat, AbstractLookup):
     @property
     def integer(self) -> bool:
         return isinstance(self.grid, int)
-
-    @property
-    def block(self) -> int | None:
-        return 32
 
     @property
     def _shift(self) -> int:
@@ -260,17 +253,9 @@ class TwoLevelFloatFormat(AbstractFormat, AbstractLookup):
 
     name: str
 
-    @property
-    def bits(self) -> int:
-        return E2M1.bits
-
-    @property
-    def integer(self) -> bool:
-        return False
-
-    @property
-    def block(self) -> int | None:
-        return 16
+    bits = E2M1.bits
+    integer = False
+    block = 16
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         return {

@@ -134,18 +134,13 @@ class IntegerFormat(AbstractFormat, AbstractLookup):
     name: str
     bits: int
 
-    @property
-    def integer(self) -> bool:
-        return True
+    integer = True
+    block = None
 
     @property
     def limit(self) -> int:
         """The largest code that activations use: the top of the grid."""
         return int(2 ** (self.bits - 1)) - 1
-
-    @property
-    def block(self) -> int | None:
-        return None
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)
@@ -197,13 +192,8 @@ class TableFormat(AbstractFormat, AbstractLookup):
     bits: int
     table: tuple[float, ...] = attrs.field(validator=_ascending, repr=False)
 
-    @property
-    def integer(self) -> bool:
-        return False
-
-    @property
-    def block(self) -> int | None:
-        return None
+    integer = False
+    block = None
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         scales = Part((rows, groups_of(columns, group)), "bfloat16", 16)
@@ -245,13 +235,8 @@ class FloatFormat(AbstractFormat):
     name: str
     bits: int
 
-    @property
-    def integer(self) -> bool:
-        return False
-
-    @property
-    def block(self) -> int | None:
-        return None
+    integer = False
+    block = None
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         return {"values": Part((rows, columns), self.name, self.bits)}

@@ -53,13 +53,8 @@ class AsymmetricFormat(AbstractFormat):
     name: str
     bits: int
 
-    @property
-    def integer(self) -> bool:
-        return True
-
-    @property
-    def block(self) -> int | None:
-        return None
+    integer = True
+    block = None
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         groups = groups_of(columns, group)
@@ -113,13 +108,8 @@ class OffsetFormat(AbstractFormat, AbstractLookup):
     name: str
     bits: int
 
-    @property
-    def integer(self) -> bool:
-        return False
-
-    @property
-    def block(self) -> int | None:
-        return None
+    integer = False
+    block = None
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         part = Part((rows, groups_of(columns, group)), "bfloat16", 16)
@@ -180,17 +170,9 @@ class TernaryFormat(AbstractFormat):
 
     name: str
 
-    @property
-    def bits(self) -> int:
-        return 2
-
-    @property
-    def integer(self) -> bool:
-        return True
-
-    @property
-    def block(self) -> int | None:
-        return None
+    bits = 2
+    integer = True
+    block = None
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         codes = Part((rows, columns), "int8", 2, levels=3)
@@ -225,17 +207,9 @@ class TwoLevelIntegerFormat(AbstractFormat):
 
     name: str
 
-    @property
-    def bits(self) -> int:
-        return 4
-
-    @property
-    def integer(self) -> bool:
-        return True
-
-    @property
-    def block(self) -> int | None:
-        return None
+    bits = 4
+    integer = True
+    block = None
 
     def parts(self, rows: int, columns: int, group: int) -> dict[str, Part]:
         return {
