@@ -59,7 +59,7 @@ class Storage:
         return Coded(self.format, (rows, columns), self.group, parts)
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)  # it is looked up in every call of a layer
 class Layout:
     """A packed layer but for its numbers. `rank` 0 means no branch, and then `down` and `up` are None."""
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from loraq import registry
 from loraq.activation import Activation
 from loraq.contracts import AbstractKernel
+from loraq.eager import unwatched
 from loraq.errors import RegistryError
 from loraq.layer import Coded
 from loraq.layout import Layout
@@ -74,22 +75,31 @@ def layout_key(layout: Layout) -> str:
 def linear(input: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, key: str) -> Tensor:
     """A packed layer's output (..., out) in the input's dtype, from input (..., inn).
 
-    `tensors` are the stored tensors in the order of `Layout.stored()`, `key` is `layout_key(layout)`.
+    `tensors` are the stored tensors in the order of `Layout.stored()`, `key` is `layout_key(layout)`. It is the
+    operation `loraq::linear` for everything that looks at operations, and its plain function otherwise (eager.py).
     """
+    if unwatched(input, bias):
+        return _computed(input, tensors, bias, key)
     output: Tensor = torch.ops.loraq.linear(input, list(tensors), bias, key)
     return output
 
 
+def _computed(input: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, key: str) -> Tensor:
+    layout = _layout(key)
+    if input.shape[-1:] != (layout.inn,):
+        raise ValueError(f"PackedLinear takes inputs (..., {layout.inn}), got {tuple(input.shape)}.")
+    if input.numel() == 0:
+        return input.new_empty((*input.shape[:-1], layout.out))
+    named = dict(zip(_names(key), tensors, strict=True))
+    kernel = kernel_for(layout, input.device.type)
+    rows = input if input.dim() == 2 else input.reshape(-1, layout.inn)
+    output = (reference if kernel is None else kernel.linear)(rows, named, bias, layout)
+    return output if rows is input else output.reshape(*input.shape[:-1], layout.out)
+
+
 @torch.library.custom_op("loraq::linear", mutates_args=())
 def _linear(input: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
-    described = _layout(layout)
-    if input.numel() == 0:
-        return input.new_empty((*input.shape[:-1], described.out))
-    named = dict(zip(_names(layout), tensors, strict=True))
-    kernel = kernel_for(described, input.device.type)
-    rows = input.reshape(-1, described.inn)
-    output = (reference if kernel is None else kernel.linear)(rows, named, bias, described)
-    return output.reshape(*input.shape[:-1], described.out)
+    return _computed(input, tensors, bias, layout)
 
 
 @_linear.register_fake

@@ -51,22 +51,23 @@ class _Entry:
     prepared: Prepared
     tensors: tuple[weakref.ref[Tensor], ...]
     states: tuple[tuple[int, int], ...]
+    """What each was written to, and where it lies."""
 
     def fits(self, layout: Layout, tensors: Mapping[str, Tensor]) -> bool:
         """Whether `tensors` are still those, unchanged, and mean the same."""
         if self.prepared.layout is not layout and self.prepared.layout != layout:
             return False
-        for reference, state, tensor in zip(self.tensors, self.states, tensors.values(), strict=True):
-            if reference() is not tensor or state != _state(tensor):
+        for reference, (written, address), tensor in zip(self.tensors, self.states, tensors.values(), strict=True):
+            if reference() is not tensor or address != tensor.data_ptr() or written != _written(tensor):
                 return False
         return True
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written to, or made to share other memory."""
+def _written(tensor: Tensor) -> int:
+    """What changes when a tensor is written to."""
     if tensor.is_inference():
-        return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data), tensor.data_ptr()
-    return tensor._version, tensor.data_ptr()
+        return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
+    return tensor._version
 
 
 _ENTRIES: dict[tuple[int, str], _Entry] = {}
@@ -117,7 +118,7 @@ class CpuKernel(AbstractKernel):
             entry = _ENTRIES.get(key)
             if entry is not None and entry.fits(layout, tensors):
                 return entry.prepared
-            states = tuple(_state(tensor) for tensor in tensors.values())
+            states = tuple((_written(tensor), tensor.data_ptr()) for tensor in tensors.values())
             prepared = Prepared.of(layout, tensors, machine)
             give_back(tensors.values())
             weakref.finalize(first, _ENTRIES.pop, key, None).atexit = False
