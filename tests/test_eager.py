@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +23,7 @@ def module() -> PackedLinear:
 
 
 @pytest.fixture
-def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+def direct(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call was found unwatched."""
     found: list[bool] = []
 
@@ -32,7 +32,7 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return found[-1]
 
     monkeypatch.setattr(ops, "unwatched", noted)
-    yield found
+    return found
 
 
 class Watching(TorchDispatchMode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import pytest
 import torch
@@ -229,6 +231,23 @@ def test_inference_mode() -> None:
     module = PackedLinear(layer.layout, layer.tensors)
     with torch.inference_mode():
         assert module(seeded(3, 70)).shape == (3, 24)
+
+
+@pytest.mark.parametrize("options", [{}, {"branch": "bfloat16", "branch_activation": "none"}, {"activation": "none"}])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("direct", [True, False])
+def test_autocast_changes_nothing(
+    options: dict[str, Any], kernel: bool, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = packed(**options)
+    module, input = PackedLinear(layer.layout, layer.tensors, seeded(24)), seeded(5, 70)
+    if not kernel:
+        monkeypatch.setattr(ops, "kernel_for", lambda layout, device: None)
+    if not direct:
+        monkeypatch.setattr(ops, "unwatched", lambda *given: False)
+    before = module(input)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(input), before)
 
 
 def test_a_layout_survives_its_plain_form() -> None:
