@@ -97,7 +97,7 @@ class Cache:
         path = self.path(part, layer, kind)
         if path not in self._sound and path.exists():
             with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, RuntimeError):
-                found, tokens, digest = _read(path, kind, "cpu")
+                found, tokens, digest = _read(path, kind)
                 if _digest(found, tokens) == digest:
                     self._sound[path] = tokens
         return self._sound.get(path)
@@ -108,7 +108,8 @@ class Cache:
         for part in range(self._parts):
             path = self.path(part, layer, kind)
             try:
-                statistic = kind(**_read(path, kind, str(device))[0])
+                found = _read(path, kind)[0]
+                statistic = kind(**{name: tensor.to(device) for name, tensor in found.items()})
             except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
                 raise CheckpointError(
                     f"{path}: {layer}'s statistics cannot be read ({error}); the same command collects them anew."
@@ -122,9 +123,9 @@ def _fields(kind: Kind) -> list[str]:
     return [field.name for field in attrs.fields(kind)]  # type: ignore[arg-type]  # statistics are attrs classes
 
 
-def _read(path: Path, kind: Kind, device: str) -> tuple[dict[str, Tensor], int, str]:
+def _read(path: Path, kind: Kind) -> tuple[dict[str, Tensor], int, str]:
     """The tensors of a statistic, of how many tokens it is, and the digest that it should have."""
-    with safe_open(path, framework="pt", device=device) as file:
+    with safe_open(path, framework="pt") as file:
         tokens, digest = (file.metadata() or {})["tokens"].split()  # one entry: several are written in any order
         return {name: file.get_tensor(name) for name in _fields(kind)}, int(tokens), digest
 

@@ -48,7 +48,7 @@ def resolved_device(device: str) -> torch.device:
 
 def name_of(device: torch.device) -> str:
     """What a device is called where results may depend on it: its model."""
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
 
 
 def resolved_devices(device: str | Sequence[str]) -> tuple[torch.device, ...]:
