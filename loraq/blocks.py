@@ -25,11 +25,11 @@ _PICKED = 256
 """Rows that are picked from a matrix at a time."""
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices that cover the rows of a matrix (rows, columns), in order."""
+def row_blocks(matrix: Tensor, copies: int = 1) -> Iterator[slice]:
+    """Slices that cover the rows of a matrix (rows, columns), in order; shorter ones for `copies` at once."""
     rows, columns = matrix.shape
     elements = _ELEMENTS if matrix.device.type in ("cpu", "meta") else _ELEMENTS_ELSEWHERE
-    step = max(1, elements // max(1, columns))
+    step = max(1, elements // max(1, columns * copies))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -36,7 +36,7 @@ def rounded(weight: Tensor, grid: Coded, gram: Tensor, *, damping: float, act_or
     speed alone. A channel that never had an input is rounded to nearest, and so is everything where none had.
     """
     columns = weight.shape[1]
-    sizes = gram.diagonal() if act_order else torch.zeros(columns, device=weight.device)
+    sizes = gram.diagonal() if act_order else torch.zeros_like(gram.diagonal())
     order = torch.argsort(sizes, descending=True, stable=True)
     upper = feedback(gram[order][:, order], damping)
     values = weight.float()[:, order]

@@ -247,16 +247,18 @@ def _weights(shape: Shape, seed: int) -> dict[str, torch.Tensor]:
     for index, out in enumerate(shape.outs):
         rank = min(out, shape.inn, 64)
         strengths = torch.arange(1, rank + 1).pow(-0.6)
-        left = torch.randn(out, rank, generator=generator) * strengths
-        values = left @ torch.randn(rank, shape.inn, generator=generator)
-        found[str(index)] = (values + torch.randn(out, shape.inn, generator=generator)).mul_(0.02).bfloat16()
+        left = torch.randn(out, rank, generator=generator, dtype=torch.float32) * strengths
+        values = left @ torch.randn(rank, shape.inn, generator=generator, dtype=torch.float32)
+        found[str(index)] = (
+            (values + torch.randn(out, shape.inn, generator=generator, dtype=torch.float32)).mul_(0.02).bfloat16()
+        )
     return found
 
 
 def _statistics(recipe: LayerRecipe, inn: int, device: torch.device, seed: int) -> InputStatistics:
     """What calibration would give, of random tokens."""
     generator = layer_generator(seed, "estimate", device)
-    tokens = torch.randn(_TOKENS, inn, generator=generator, device=device)
+    tokens = torch.randn(_TOKENS, inn, generator=generator, dtype=torch.float32, device=device)
     kinds = {kind: kind.empty(inn, device, sample=_TOKENS) for kind in recipe.statistics}
     return InputStatistics({kind: empty.observed(tokens, generator) for kind, empty in kinds.items()})
 

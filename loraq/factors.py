@@ -79,7 +79,7 @@ def approximate_svd(weight: Tensor, rank: int, generator: torch.Generator) -> tu
         up, down = weight @ (right * _inverse(roots)), (right * roots).T
         padding = rank - kept
         return torch.nn.functional.pad(up, (0, padding)), torch.nn.functional.pad(down, (0, 0, 0, padding))
-    omega = torch.randn(inn, width, generator=generator, device=generator.device).to(weight.device)
+    omega = torch.randn(inn, width, generator=generator, dtype=torch.float32, device=generator.device).to(weight.device)
     basis = weight @ omega
     for _ in range(_POWER_ITERATIONS):
         basis = weight @ torch.linalg.qr(weight.T @ torch.linalg.qr(basis).Q).Q
@@ -98,7 +98,7 @@ def _inverse(roots: Tensor) -> Tensor:
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix (size, size) float32, on the generator's device."""
-    normal = torch.randn(size, size, generator=generator, device=generator.device)
+    normal = torch.randn(size, size, generator=generator, dtype=torch.float32, device=generator.device)
     found: Tensor = torch.linalg.qr(normal).Q
     return found
 

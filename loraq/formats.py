@@ -59,7 +59,7 @@ def quotient(values: Tensor, number: float) -> Tensor:
     return values / torch.full((), number, dtype=values.dtype, device=values.device)
 
 
-def _stored_scales(limits: Tensor, top: float) -> Tensor:
+def stored_scales(limits: Tensor, top: float) -> Tensor:
     """Scales (rows, groups) bfloat16 that map `limits` to the top of the grid."""
     return quotient(limits, top).to(torch.bfloat16)
 
@@ -148,7 +148,7 @@ class IntegerFormat(AbstractFormat, AbstractLookup):
 
     def encode(self, values: Tensor, group: int, limits: Tensor | None = None, *, full_range: bool = False) -> Coded:
         rows, columns = values.shape
-        scales = _stored_scales(largest(values, group) if limits is None else limits, self.limit)
+        scales = stored_scales(largest(values, group) if limits is None else limits, self.limit)
         lowest = -self.limit - 1 if full_range else -self.limit
         codes = codes_of(lambda x: x.round_().clamp_(lowest, self.limit).to(torch.int8), values, scales, group)
         return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales})
@@ -204,7 +204,7 @@ class TableFormat(AbstractFormat, AbstractLookup):
         rows, columns = values.shape
         table = torch.tensor(self.table, dtype=torch.float32, device=values.device)
         top = float(table.abs().max())
-        scales = _stored_scales(largest(values, group) if limits is None else limits, top)
+        scales = stored_scales(largest(values, group) if limits is None else limits, top)
         middles = (table[1:] + table[:-1]) / 2
         codes = codes_of(lambda x: torch.bucketize(x, middles).to(torch.uint8), values, scales, group)
         return Coded(self, (rows, columns), group, {"codes": codes, "scales": scales})
@@ -297,7 +297,8 @@ def named(value: str | AbstractFormat) -> AbstractFormat:
 @functools.cache
 def row_local(format: AbstractFormat) -> bool:
     """Whether a row's codes mean the same without the other rows, so that it can be cut. Found by trying."""
-    values = torch.randn(5, 70, generator=torch.Generator().manual_seed(0)).mul_(torch.arange(1.0, 6).unsqueeze(1))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(5, 70, generator=generator, dtype=torch.float32).mul_(torch.arange(1, 6).unsqueeze(1))
     coded = format.encode(values, 64 if format.block is None else format.block)
     try:
         return torch.equal(coded.rows(1, 4).decode(), coded.decode()[1:4])
@@ -308,7 +309,8 @@ def row_local(format: AbstractFormat) -> bool:
 @functools.cache
 def row_wise(format: AbstractFormat) -> bool:
     """Whether each row is coded by itself, so that a matrix may be coded a few rows at a time. Found by trying."""
-    values = torch.randn(5, 70, generator=torch.Generator().manual_seed(0)).mul_(torch.arange(1.0, 6).unsqueeze(1))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(5, 70, generator=generator, dtype=torch.float32).mul_(torch.arange(1, 6).unsqueeze(1))
     group = 64 if format.block is None else format.block
     whole, part = (format.encode(each, group).parts for each in (values, values[1:4]))
     return all(len(whole[name]) == len(values) and torch.equal(whole[name][1:4], part[name]) for name in whole)
@@ -325,13 +327,14 @@ def rows_of(coded: Coded) -> Callable[[slice], Tensor]:
     return lambda rows: whole[rows]
 
 
-def coded_by_rows(function: Callable[..., Coded], values: Tensor, like: Coded | None = None) -> Coded:
+def coded_by_rows(function: Callable[..., Coded], values: Tensor, like: Coded | None = None, copies: int = 1) -> Coded:
     """`function(values, like)` of a function that codes every row by itself, a few rows at a time.
 
     `values` is (rows, columns) and so is `like`, without which `function` gets `values` alone; where its format cannot
-    be cut (`row_local`) all rows are taken at once. What all rows share must be the same for any of them.
+    be cut (`row_local`) all rows are taken at once. What all rows share must be the same for any of them. `copies` is
+    how many of the rows `function` holds.
     """
-    blocks = list(row_blocks(values))
+    blocks = list(row_blocks(values, copies))
     if len(blocks) < 2 or not (like is None or row_local(like.format)):
         return function(values) if like is None else function(values, like)
     rows, columns = values.shape

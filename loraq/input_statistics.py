@@ -45,7 +45,8 @@ class Gram(AbstractStatistic):
     @classmethod
     def empty(cls, inn: int, device: torch.device | str, *, sample: int) -> Self:
         del sample
-        return cls(torch.zeros(inn, inn, device=device), torch.zeros((), dtype=torch.float64, device=device))
+        sums = torch.zeros(inn, inn, dtype=torch.float32, device=device)
+        return cls(sums, torch.zeros((), dtype=torch.float64, device=device))
 
     @classmethod
     def bytes(cls, inn: int, *, sample: int) -> int:
@@ -80,7 +81,7 @@ class ChannelMaxima(AbstractStatistic):
     @classmethod
     def empty(cls, inn: int, device: torch.device | str, *, sample: int) -> Self:
         del sample
-        return cls(torch.zeros(inn, device=device))
+        return cls(torch.zeros(inn, dtype=torch.float32, device=device))
 
     @classmethod
     def bytes(cls, inn: int, *, sample: int) -> int:
@@ -154,7 +155,7 @@ class TokenSample(AbstractStatistic):
     @classmethod
     def empty(cls, inn: int, device: torch.device | str, *, sample: int) -> Self:
         keys = torch.zeros(0, dtype=torch.float64, device=device)
-        return cls(torch.zeros(0, inn, device=device), keys, torch.tensor(sample, device=device))
+        return cls(torch.zeros(0, inn, dtype=torch.float32, device=device), keys, torch.tensor(sample, device=device))
 
     @classmethod
     def bytes(cls, inn: int, *, sample: int) -> int:

@@ -195,7 +195,9 @@ class TernaryFormat(AbstractFormat):
         return coded.codes, coded.scales.float(), coded.group
 
     def points(self, coded: Coded) -> Tensor:
-        return scaled_points(torch.tensor([-1.0, 0.0, 1.0], device=coded.codes.device), coded.scales.float())
+        return scaled_points(
+            torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float32, device=coded.codes.device), coded.scales.float()
+        )
 
     def with_points(self, coded: Coded, indices: Tensor) -> Coded:
         return with_codes(coded, indices - 1)

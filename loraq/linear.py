@@ -136,7 +136,9 @@ class PackedLinear(nn.Module):
         tensors = self.stored()
         weight = self.dequantized_weight()
         # x̃ = x T for some matrix T, which the identity shows; so y = x T Ŵᵀ and the weight is Ŵ Tᵀ.
-        transform = self.layout.transformed(torch.eye(self.layout.inn, device=weight.device), tensors)
+        transform = self.layout.transformed(
+            torch.eye(self.layout.inn, dtype=torch.float32, device=weight.device), tensors
+        )
         weight = weight @ transform.T
         dtype = torch.float32 if self.bias is None else self.bias.dtype
         inn, out, has_bias = self.layout.inn, self.layout.out, self.bias is not None

@@ -294,7 +294,7 @@ class Prober:
 
 def random_tokens(inn: int, gram: Tensor | None, generator: torch.Generator, device: torch.device) -> Tensor:
     """Normally distributed tokens (tokens, inn) float32 with E[x xᵀ] = `gram`, or the identity where there is none."""
-    tokens = torch.randn(_TOKENS, inn, generator=generator).to(device)
+    tokens = torch.randn(_TOKENS, inn, generator=generator, dtype=torch.float32).to(device)
     if gram is None:
         return tokens
     lower = factors.root(gram, _DAMPING) * float(gram.double().diagonal().mean().clamp(min=0)) ** 0.5

@@ -7,7 +7,8 @@ main codes, from which the next step's search begins.
 
 Where the main quantizer rounds plainly to integers on the CPU (`AbstractPlainRounding`), subtraction, search, rounding
 and E are one pass of a Numba kernel (loraq/residual_numba.py), 0.9 ns a weight on one AVX-512 core where the torch
-reference here takes a dozen passes. Elsewhere the quantizer's own `round` is called. Both may disagree in codes that
+reference here takes a dozen passes; on other devices the same rounding is a third of the operations to start, and none
+to wait for (loraq/residual_torch.py). Elsewhere the quantizer's own `round` is called. They may disagree in codes that
 lie within float rounding of the middle between two, and so agree to the loss's last digits, not bit for bit.
 
 Loops need their products E downᵀ and upᵀ E to no more than a percent, so these run in bfloat16 where the device
@@ -20,7 +21,7 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
-from loraq import formats
+from loraq import formats, residual_torch
 from loraq.blocks import by_rows, norm, row_blocks
 from loraq.contracts import AbstractPlainRounding, AbstractQuantizer
 from loraq.factors import distance
@@ -72,12 +73,16 @@ class ResidualRounding:
         self._noise = noise
         self.crest = crest
         self._guess: Coded | None = None
-        self._fused: residual_numba.Fused | None = None
+        self._fused: residual_numba.Fused | residual_torch.Fused | None = None
         plain = isinstance(main, AbstractPlainRounding) and main.scale == "search"
-        if plain and isinstance(main.format, formats.IntegerFormat) and weight.device.type == "cpu":
-            from loraq.residual_numba import Fused  # compiles, or loads what it compiled before: only where it is used
+        if plain and isinstance(main.format, formats.IntegerFormat):
+            group = main.group_for(weight.shape[1])
+            if weight.device.type == "cpu":
+                from loraq import residual_numba  # compiles, or loads what it compiled before: only where it is used
 
-            self._fused = Fused(weight, main.format, main.group_for(weight.shape[1]), unit)
+                self._fused = residual_numba.Fused(weight, main.format, group, unit)
+            else:
+                self._fused = residual_torch.Fused(weight, main.format, group, unit)
 
     def start(self, product: Tensor) -> tuple[float, float]:
         """The root mean squares of R and E for `product` (out, inn), with scales searched anew."""
@@ -90,8 +95,11 @@ class ResidualRounding:
         size = math.sqrt(max(1, residual.numel())) * self._unit
         return norm(residual) / size, distance(residual, Fit(self._guess)) / size
 
-    def step(self, product: Tensor) -> tuple[Tensor, float]:
-        """(E weighted by crest, in the dtype of `product`, and ||E||) for `product` (out, inn), noise included."""
+    def step(self, product: Tensor) -> tuple[Tensor, float | Tensor]:
+        """(E weighted by crest, in the dtype of `product`, and ||E||) for `product` (out, inn), noise included.
+
+        Off the CPU the norm may be a tensor of no dimension there, which is not waited for.
+        """
         if self._fused is not None:
             return self._fused.step(product, self.crest, self._noise)
         residual = by_rows(lambda part, taken: part - taken.float() * self._unit, self._weight, product)

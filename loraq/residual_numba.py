@@ -216,7 +216,7 @@ def _move(values: Array, direction: Array, lengths: Array, scales: Array, group:
 def squares(values: Tensor, *, rows: bool) -> Tensor:
     """The sums of squares of the rows, (rows, 1), or else the columns, (1, columns), of `values` bfloat16."""
     bits = values.view(torch.uint16).numpy()
-    found = torch.empty(values.shape[0], 1) if rows else torch.empty(1, values.shape[1])
+    found = torch.empty((values.shape[0], 1) if rows else (1, values.shape[1]), dtype=torch.float32)
     (_row_squares if rows else _column_squares)(bits, found.view(-1).numpy())
     return found
 

@@ -62,9 +62,11 @@ def searched(values: Tensor, format: AbstractFormat, group: int, guess: Coded | 
     rows, columns = values.shape
     if isinstance(format, formats.FloatFormat) or rows * columns == 0:
         return format.encode(values, group)
-    if not (
-        isinstance(format, formats.IntegerFormat) and values.device.type == "cpu" and values.dtype == torch.float32
-    ):
+    if not isinstance(format, formats.IntegerFormat):
+        return searched_reference(values, format, group, guess)
+    if values.device.type != "cpu":
+        return searched_at_once(values, format, group, guess)
+    if values.dtype != torch.float32:
         return searched_reference(values, format, group, guess)
     from loraq import rounding_numba  # compiles, or loads what it compiled before: only where it is used
 
@@ -87,12 +89,7 @@ def searched_reference(values: Tensor, format: AbstractFormat, group: int, guess
 
 def _limited(values: Tensor, format: AbstractFormat, group: int, guess: Coded | None) -> Coded:
     """`values` (rows, columns) rounded with the limit of least squared error for each group by itself."""
-    start, factors = formats.largest(values, group), factors_for(format)
-    if guess is not None and isinstance(format, formats.IntegerFormat):
-        guessed = guess.scales.float()
-        # An all-zero group has a scale of 0, from which multiplying would never get away.
-        start = torch.where(guessed > 0, guessed * format.limit, start)
-        factors = NEIGHBOURS
+    start, factors = _range(values, format, group, guess)
     best_limits = start
     best_error = torch.full_like(start, torch.inf)
     for factor in factors:
@@ -104,6 +101,34 @@ def _limited(values: Tensor, format: AbstractFormat, group: int, guess: Coded | 
     return format.encode(values, group, best_limits, full_range=True)
 
 
+def _range(values: Tensor, format: AbstractFormat, group: int, guess: Coded | None) -> tuple[Tensor, tuple[float, ...]]:
+    """Where a search begins, (rows, groups), and what it multiplies that by."""
+    start = formats.largest(values, group)
+    if guess is None or not isinstance(format, formats.IntegerFormat):
+        return start, factors_for(format)
+    guessed = guess.scales.float()
+    # An all-zero group has a scale of 0, from which multiplying would never get away.
+    return torch.where(guessed > 0, guessed * format.limit, start), NEIGHBOURS
+
+
+def searched_at_once(values: Tensor, format: formats.IntegerFormat, group: int, guess: Coded | None = None) -> Coded:
+    """`searched` for GPUs: all limits are tried side by side, in a seventh of the operations; the same codes."""
+    copies = len(NEIGHBOURS if guess is not None else factors_for(format))
+
+    def limited(values: Tensor, guess: Coded | None = None) -> Coded:
+        start, factors = _range(values, format, group, guess)
+        limits = start * start.new_tensor(factors).reshape(-1, 1, 1)
+        scales = formats.stored_scales(limits, format.limit).float().unsqueeze(-1)
+        parts = formats.grouped(values, group)
+        errors = (parts / torch.where(scales == 0, torch.inf, scales)).round_().clamp_(-format.limit - 1, format.limit)
+        sums = _lane_sums(errors.mul_(scales).sub_(parts).square_())
+        order = torch.arange(len(factors), device=values.device).reshape(-1, 1, 1)
+        first = torch.where(sums == sums.amin(dim=0), order, len(factors) - 1).amin(dim=0, keepdim=True)
+        return format.encode(values, group, limits.gather(0, first)[0], full_range=True)
+
+    return formats.coded_by_rows(limited, values, guess, copies)
+
+
 def factors_for(format: AbstractFormat) -> tuple[float, ...]:
     """What the full search multiplies the largest magnitude by."""
     return WIDE_FACTORS if format.bits <= 3 else FACTORS
@@ -111,24 +136,24 @@ def factors_for(format: AbstractFormat) -> tuple[float, ...]:
 
 def squared_error(values: Tensor, coded: Coded) -> Tensor:
     """Each group's squared rounding error, (rows, groups) float32, summed in the kernel's order."""
-    found = torch.empty(len(values), groups_of(values.shape[1], coded.group), device=values.device)
+    size = (len(values), groups_of(values.shape[1], coded.group))
+    found = torch.empty(size, dtype=torch.float32, device=values.device)
     decoded = formats.rows_of(coded)
     for rows in row_blocks(values):
-        found[rows] = _lane_sums(values[rows] - decoded(rows), coded.group)
+        found[rows] = _lane_sums(formats.grouped(values[rows] - decoded(rows), coded.group).square_())
     return found
 
 
-def _lane_sums(errors: Tensor, group: int) -> Tensor:
-    """The sums of squares of `errors` (rows, columns) over each group, (rows, groups), in the kernel's order."""
-    squares = formats.grouped(errors, group).square_()
-    rows, groups, group = squares.shape
+def _lane_sums(squares: Tensor) -> Tensor:
+    """The sums of `squares` (..., groups, group) over each group, (..., groups), in the kernel's order."""
+    group = squares.shape[-1]
     if group % LANES:
         squares = torch.nn.functional.pad(squares, (0, LANES - group % LANES))
-    chunks = squares.reshape(rows, groups, -1, LANES)
-    sums = chunks[:, :, 0]
-    for chunk in range(1, chunks.shape[2]):
-        sums = sums + chunks[:, :, chunk]
-    while sums.shape[2] > 1:
-        half = sums.shape[2] // 2
-        sums = sums[:, :, :half] + sums[:, :, half:]
-    return sums[:, :, 0]
+    chunks = squares.reshape(*squares.shape[:-1], -1, LANES)
+    sums = chunks[..., 0, :]
+    for chunk in range(1, chunks.shape[-2]):
+        sums = sums + chunks[..., chunk, :]
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]

@@ -163,7 +163,7 @@ def _outputs(packed: PackedLinear, tokens: Tensor) -> list[Tensor]:
     stored, layout = packed.stored(), packed.layout.whole
     transformed = layout.transformed(tokens, stored)
     main = layout.coded("main", stored).decode()
-    branch = torch.zeros((), device=tokens.device)
+    branch = torch.zeros((), dtype=torch.float32, device=tokens.device)
     if layout.rank:
         down, up = (layout.coded(name, stored).decode() for name in ("down", "up"))
         branch = transformed @ down.T @ up.T

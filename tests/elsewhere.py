@@ -22,6 +22,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
+from loraq import lazy
+
 NAME = "elsewhere"
 _MAY_MIX = ("aten.copy_", "aten._to_copy", "aten.index", "aten.index_put_", "aten.set_")
 
@@ -101,6 +103,7 @@ def device() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, _Operations(), _Functions():
         patch.setattr(torch, "Generator", _GeneratorOfAny)
+        patch.setitem(lazy.torch.__dict__, "Generator", _GeneratorOfAny)  # it may have the real one already
         patch.setattr(threading.Thread, "run", run)
         yield
 

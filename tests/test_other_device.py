@@ -1,4 +1,7 @@
-"""What runs on a GPU, on a device that is only told apart from the CPU (elsewhere.py): nothing mixes the two."""
+"""What runs on a GPU, on a device that is only told apart from the CPU (elsewhere.py): nothing mixes the two.
+
+And what runs where torch's default dtype is another.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import attrs
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import elsewhere
 import loraq
@@ -116,12 +120,15 @@ def pipeline(kind: str, name: str) -> loraq.Pipeline:
     return loraq.Pipeline(stages, workers=1)
 
 
-def quantized(made: loraq.Pipeline, device: str) -> tuple[loraq.Report, Tensor]:
-    """A net quantized where it lies, and what it then makes of its input."""
+def quantized(made: loraq.Pipeline, device: str, default: torch.dtype = torch.float32) -> tuple[loraq.Report, Tensor]:
+    """A net quantized where it lies under a default dtype, and what it then makes of its input."""
     torch.manual_seed(0)
-    net, input = Net().to(device), seeded(40, 64)
-    report = made.quantize(net, calibrate=lambda module: module(input.to(device)))
-    return report, net(input.to(device)).detach()
+    net, input = Net().to(device), seeded(40, 64).to(device)
+    torch.set_default_dtype(default)
+    try:
+        return made.quantize(net, calibrate=lambda module: module(input)), net(input).detach()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -134,6 +141,15 @@ def test_strategies(kind: str, name: str, there: str) -> None:
     for one, other in zip(here.layers, report.layers, strict=True):
         assert other.error_after == pytest.approx(one.error_after, rel=0.1)
     assert torch.linalg.vector_norm(found.cpu() - output) < 0.2 * torch.linalg.vector_norm(output)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_strategies_under_another_default_dtype(kind: str, name: str) -> None:
+    """Some programs set it for the model they are about to make; fits stay in float32."""
+    made = pipeline(kind, name)
+    _, output = quantized(made, "cpu")
+    _, found = quantized(made, "cpu", default=torch.bfloat16)
+    assert torch.equal(found, output)
 
 
 @pytest.mark.parametrize("weight", ["int4", "int4x2", "int4_asymmetric", "nvfp4", "mxfp4"])
@@ -158,6 +174,35 @@ def test_a_packed_layer_moves(weight: str, activation: str, there: str) -> None:
     assert isinstance(layer.dequantized().weight.data, Elsewhere)
     layer.to("cpu")
     assert torch.allclose(layer(input), here, atol=1e-5)
+
+
+class Counting(TorchDispatchMode):
+    """How many operations a GPU would be told to start, and how many numbers would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = self.waited = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        self.waited += str(func).startswith("aten._local_scalar_dense")
+        self.started += not func.is_view
+        return result
+
+
+def test_a_step_of_a_fit_starts_few_operations_and_waits_for_none(there: str) -> None:
+    counts = []
+    for steps in (2, 12):
+        stages = [
+            loraq.stage("main_quantizer", "rtn", weight="int4", activation="int4"),
+            loraq.stage("low_rank", "loraq_fast", rank=8, steps=steps, noise=1.0),
+            loraq.stage("branch_quantizer", "rtn", weight="int4", activation="int8"),
+        ]
+        with Counting() as counting:
+            loraq.pipeline.quantize_layer("layer", seeded(96, 128).to(there), loraq.pipeline.bind(stages), seed=0)
+        counts.append((counting.started, counting.waited))
+    assert counts[1][1] == counts[0][1]
+    assert counts[1][0] - counts[0][0] <= 10 * 75
 
 
 RECIPES = {

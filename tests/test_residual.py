@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraq.strategies.main_quantizer.rtn import Rtn
 
-from loraq import factors, formats, residual_numba
+from loraq import factors, formats, residual_numba, residual_torch
 from loraq.residual import ResidualRounding, product_dtype
 from matrices import seeded, trained
 
@@ -16,18 +16,21 @@ SHAPES = ((2, 16), (3, 40), (2, 64), (9, 130))
 
 
 def stepped(
-    weight: torch.Tensor, products: list[torch.Tensor], main: Rtn, crest: float, noise: float, *, fused: bool
+    weight: torch.Tensor, products: list[torch.Tensor], main: Rtn, crest: float, noise: float, *, way: str
 ) -> tuple[list[torch.Tensor], list[float]]:
-    """The errors and losses of the steps of `products`, compiled or by the reference."""
+    """The errors and losses of the steps of `products`: compiled, in torch as on a GPU, or by the reference."""
     rounding = ResidualRounding(weight, main, crest=crest, noise=noise)
-    assert rounding._fused is not None
-    if not fused:
+    assert isinstance(rounding._fused, residual_numba.Fused)
+    if way == "torch":
+        rounding._fused = residual_torch.Fused(weight, main.weight, main.group_for(weight.shape[1]), 1.0)  # type: ignore[arg-type]
+    if way == "reference":
         rounding._fused = None
     rounding.start(products[0])
     found = [rounding.step(product) for product in products]
-    return [errors.clone() for errors, _ in found[-1:]], [loss for _, loss in found]
+    return [errors.clone() for errors, _ in found[-1:]], [float(loss) for _, loss in found]
 
 
+@pytest.mark.parametrize("way", ["compiled", "torch"])
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(SHAPES),
@@ -38,8 +41,8 @@ def stepped(
     st.sampled_from((0.0, 0.01, 0.5)),
     st.sampled_from((torch.bfloat16, torch.float32)),
 )
-def test_the_compiled_pass_is_the_reference(
-    shape: tuple[int, int], seed: int, width: str, group: int, crest: float, noise: float, dtype: torch.dtype
+def test_a_pass_is_the_reference(
+    way: str, shape: tuple[int, int], seed: int, width: str, group: int, crest: float, noise: float, dtype: torch.dtype
 ) -> None:
     """To float rounding: an error may be another where a weight lies in the middle of two codes, the loss may not."""
     weight = trained(*shape, seed=seed)
@@ -47,15 +50,38 @@ def test_the_compiled_pass_is_the_reference(
         (seeded(*shape, seed=seed) + 0.02 * step * seeded(*shape, seed=seed + step)).to(dtype) for step in range(3)
     ]
     main = Rtn(weight=width, group=group)
-    errors, losses = stepped(weight, products, main, crest, noise, fused=True)
-    expected_errors, expected_losses = stepped(weight, products, main, crest, noise, fused=False)
+    errors, losses = stepped(weight, products, main, crest, noise, way=way)
+    expected_errors, expected_losses = stepped(weight, products, main, crest, noise, way="reference")
     # The reference's scales are those of bfloat16, the compiled ones are not: errors differ by its rounding.
     slack = 0.01 * max(float((weight - product.float()).norm()) for product in products)
     assert losses == pytest.approx(expected_losses, rel=5e-2, abs=slack)
     assert errors[0].dtype == dtype
     assert float(errors[0].float().norm()) == pytest.approx(
-        float(expected_errors[0].float().norm()), rel=0.2, abs=slack * (1 + 3 * crest)
+        float(expected_errors[0].float().norm()), rel=0.2 + 0.8 * crest, abs=slack * (1 + 3 * crest)
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(SHAPES),
+    st.integers(0, 1000),
+    st.sampled_from(("int3", "int4", "int8")),
+    st.sampled_from((5, 16, 64)),
+    st.sampled_from((0.0, 0.4, 1.0)),
+    st.sampled_from((0.0, 0.01, 0.5)),
+)
+def test_both_passes_are_the_same(
+    shape: tuple[int, int], seed: int, width: str, group: int, crest: float, noise: float
+) -> None:
+    """But for weights in the middle of two codes, and scales of equal error."""
+    weight = trained(*shape, seed=seed)
+    weight[0, :group] = 0
+    product, main = 0.5 * weight + 0.02 * seeded(*shape, seed=seed) * (weight != 0), Rtn(weight=width, group=group)
+    errors, losses = stepped(weight, [product], main, crest, noise, way="compiled")
+    found, sizes = stepped(weight, [product], main, crest, noise, way="torch")
+    assert sizes == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    close = (found[0] - errors[0]).abs() <= 1e-4 * weight.abs().max()
+    assert close.float().mean() >= 0.95
 
 
 def test_crest_counts_what_is_about_to_flip() -> None:
@@ -70,12 +96,11 @@ def test_crest_counts_what_is_about_to_flip() -> None:
 
 def test_a_group_that_was_all_zero_finds_a_scale() -> None:
     """A product may bring life to a group whose scale was 0."""
-    weight = torch.zeros(2, 64)
-    rounding = ResidualRounding(weight, Rtn())
-    rounding.start(torch.zeros(2, 64))
     product = seeded(2, 64)
-    _, loss = rounding.step(product)
-    assert loss < 0.2 * float(product.norm())
+    for way in ("compiled", "torch"):
+        _, losses = stepped(torch.zeros(2, 64), [torch.zeros(2, 64), product], Rtn(), 0.0, 0.0, way=way)
+        assert losses[0] == 0
+        assert losses[1] < 0.2 * float(product.norm())
 
 
 @given(st.sampled_from(((1, 1), (5, 3), (7, 130))), st.integers(0, 100), st.booleans())
@@ -91,6 +116,8 @@ def test_moved_rounds_where_it_moved(shape: tuple[int, int], seed: int, rows: bo
     scales = coded.scales.float()
     expected = values + lengths * direction.float()
     found = residual_numba.moved(values, direction, lengths, scales, 64, 7)
+    steady = residual_torch.Moving(scales, shape, 64, 7).rounded(expected, torch.bfloat16)
+    assert (found != steady).float().mean() <= 0.02, "but for middles"
     assert torch.allclose(values, expected, rtol=1e-5, atol=1e-6)
     steps = formats.scaled(torch.ones(rows_, columns), scales, 64)
     clamped = torch.maximum(torch.minimum(expected, 7 * steps), -8 * steps)

@@ -40,11 +40,13 @@ def assert_same(expected: Coded, actual: Coded) -> None:
 @settings(max_examples=60, deadline=None)
 @given(matrices(), integers, groups)
 def test_kernel_equals_the_reference(values: Tensor, format: formats.IntegerFormat, group: int) -> None:
-    """Codes and scales are the reference's bit for bit, in the full search and from a guess."""
-    full = rounding.searched(values, format, group)
-    assert_same(rounding.searched_reference(values, format, group), full)
+    """Codes and scales are the reference's bit for bit, in the full search and from a guess; a GPU's as well."""
+    full = rounding.searched_reference(values, format, group)
     moved = values.roll(1, dims=0) * 0.25 + values
-    assert_same(rounding.searched_reference(moved, format, group, full), rounding.searched(moved, format, group, full))
+    near = rounding.searched_reference(moved, format, group, full)
+    for way in (rounding.searched, rounding.searched_at_once):
+        assert_same(full, way(values, format, group))
+        assert_same(near, way(moved, format, group, full))
 
 
 @settings(max_examples=40, deadline=None)

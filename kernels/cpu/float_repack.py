@@ -38,7 +38,7 @@ def decodes(format: AbstractFormat) -> bool:
         return True
     if not format.integer:
         return False
-    noise = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return format.integer_view(format.encode(noise, 64))[0].dtype == torch.int8
 
 

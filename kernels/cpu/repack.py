@@ -128,7 +128,7 @@ def weight_group(format: AbstractFormat, columns: int, group: int) -> int | None
         return None
     if isinstance(format, IntegerFormat):
         return group if format.bits <= 8 else None
-    noise = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     integers, scales, found = format.integer_view(format.encode(noise, group))
     held = integers.dtype == torch.int8 and torch.equal(scales.bfloat16().float(), scales)
     return found if held else None

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from loraq import factors, formats
+from loraq import factors, formats, residual_torch
 from loraq.blocks import norm
 from loraq.contracts import AbstractLowRank, AbstractQuantizer
 from loraq.layer import Coded, Fit, LayerContext
@@ -105,13 +105,10 @@ class LoraqFast(AbstractLowRank):
         up_step, down_step = step / root_mean_square(down.values), step / root_mean_square(up.values)
         up_frame, down_frame = _frame(down.values @ down.values.T), _frame(up.values.T @ up.values)
         up_frame, down_frame = up_frame.to(up.rounded.dtype), down_frame.to(up.rounded.dtype)
-        least = math.inf
+        least: float | Tensor = math.inf
         for index in range(self.steps):
             errors, loss = rounding.step(up.rounded @ down.rounded)
-            if loss < least:
-                least = loss
-                up.keep()
-                down.keep()
+            least = _kept_best(loss, least, up, down)
             share = min(1.0, (1 - (index + 0.5) / self.steps) / (1 - _STEADY))
             up_direction = errors @ down.rounded.T @ up_frame
             down_direction = down_frame @ (up.rounded.T @ errors)
@@ -124,7 +121,7 @@ class LoraqFast(AbstractLowRank):
         if not self.noise:
             return 0.0
         # The same numbers for every layer: the fit's own randomness stays what it is without noise.
-        tokens = torch.randn(_NORMAL_TOKENS, inn, generator=torch.Generator().manual_seed(0))
+        tokens = torch.randn(_NORMAL_TOKENS, inn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         return self.noise * float(rounding_noise(tokens, main.activation).mean())
 
 
@@ -143,10 +140,13 @@ class _Factor:
         self._dtype = product_dtype(values.device.type)
         self._coded = branch.round(self.values * unit)
         self._limit = 0  # of the integer format whose rounding is compiled
-        on_cpu = self.values.device.type == "cpu"
-        if isinstance(branch.format, formats.IntegerFormat) and on_cpu and self._dtype == torch.bfloat16:
-            self._limit = branch.format.limit
-            self._scales = self._coded.scales.float() / unit
+        self._moving: residual_torch.Moving | None = None
+        if isinstance(branch.format, formats.IntegerFormat):
+            scales, limit = self._coded.scales.float() / unit, branch.format.limit
+            if self.values.device.type != "cpu":
+                self._moving = residual_torch.Moving(scales, self._coded.shape, self._coded.group, limit)
+            elif self._dtype == torch.bfloat16:
+                self._scales, self._limit = scales, limit
         self.rounded = (self._coded.decode() / unit).to(self._dtype)
         self._kept = self.values
         self._shares: Tensor | None = None
@@ -169,7 +169,10 @@ class _Factor:
             self.rounded = residual_numba.moved(self.values, direction, lengths, self._scales, group, self._limit)
         else:
             self.values = torch.addcmul(self.values, direction.float(), lengths)
-            self.rounded = (self._code(self.values).decode() / self._unit).to(self._dtype)
+            if self._moving is not None:
+                self.rounded = self._moving.rounded(self.values, self._dtype)
+            else:
+                self.rounded = (self._code(self.values).decode() / self._unit).to(self._dtype)
 
     def _squares(self, direction: Tensor) -> Tensor:
         """Each line's sum of squares, (out, 1) or (1, inn) float32."""
@@ -179,9 +182,9 @@ class _Factor:
             return residual_numba.squares(direction, rows=self._rows)
         return direction.float().square().sum(dim=1 if self._rows else 0, keepdim=True)
 
-    def keep(self) -> None:
-        """Remember where the factor is."""
-        self._kept = self.values.clone()
+    def keep(self, better: Tensor | None = None) -> None:
+        """Remember where the factor is; only where `better` is true, if it is given: of no dimension, on its device."""
+        self._kept = self.values.clone() if better is None else torch.where(better, self.values, self._kept)
 
     def coded(self) -> Coded:
         """The codes of the remembered values."""
@@ -196,6 +199,20 @@ class _Factor:
     def noise(self) -> Tensor:
         """What rounding changed, float32."""
         return self.rounded.float() - self.values
+
+
+def _kept_best(loss: float | Tensor, least: float | Tensor, *moving: _Factor) -> float | Tensor:
+    """The smaller loss; where that is the new one, the factors are remembered. A device's number is not waited for."""
+    if not isinstance(loss, float):
+        better = loss < least
+        for each in moving:
+            each.keep(better)
+        return torch.where(better, loss, least)
+    if loss < least:
+        for each in moving:
+            each.keep()
+        return loss
+    return least
 
 
 def _rounding_noise(up: _Factor, down: _Factor) -> float:
