@@ -116,7 +116,7 @@ class CudaKernel(AbstractKernel):
         if reason is None and self.device is None:
             reason = driver.refusal()
             if reason is not None and "pip install" in reason:
-                _warn_once(f"{reason}; until then packed layers run in plain torch on the GPU")
+                _warn_once(f"{reason}; meanwhile packed layers run in plain torch on the GPU")
         return reason
 
     def linear(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
@@ -126,7 +126,7 @@ class CudaKernel(AbstractKernel):
                     return self._checked(input, tensors, bias, layout)
             return self._checked(input, tensors, bias, layout)
         except cache.NoCubinError as error:
-            _warn_once(f"{error}; until then packed layers run in plain torch on the GPU")
+            _warn_once(f"{error}; meanwhile packed layers run in plain torch on the GPU")
             return ops.reference(input, tensors, bias, layout)
 
     def _checked(self, input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:

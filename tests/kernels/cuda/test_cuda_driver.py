@@ -144,7 +144,7 @@ def test_a_kernel_that_is_nowhere_leaves_the_layer_to_the_reference(
     backend._warn_once.cache_clear()
     layout = layout_of(40, 64)
     tensors, input = tensors_of(layout), inputs_of(3, 64)
-    with pytest.warns(UserWarning, match="there is no such cubin; until then packed layers run in plain torch"):
+    with pytest.warns(UserWarning, match="there is no such cubin; meanwhile packed layers run in plain torch"):
         output = CudaKernel(device_of(api)).linear(input, tensors, None, layout)
     assert torch.equal(output, ops.reference(input, tensors, None, layout))
 
@@ -176,7 +176,7 @@ def test_a_cubin_that_the_driver_does_not_read_leaves_the_layer_to_the_reference
     layout = layout_of(40, 64)
     tensors, input = tensors_of(layout), inputs_of(3, 64)
     kernel = CudaKernel(device_of(api))
-    with pytest.warns(UserWarning, match="could not be loaded: CUDA_ERROR_INVALID_VALUE; until then packed layers run"):
+    with pytest.warns(UserWarning, match="could not be loaded: CUDA_ERROR_INVALID_VALUE; meanwhile packed layers run"):
         output = kernel.linear(input, tensors, None, layout)
     assert torch.equal(output, ops.reference(input, tensors, None, layout))
     api.fails.clear()  # it is not tried in every call
@@ -285,7 +285,7 @@ class TestMissing:
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sentence = "the CUDA kernels need the package numba-cuda to be compiled; pip install 'loraq[cuda]' brings it"
         monkeypatch.setattr(toolchain, "missing", lambda: sentence)
-        with pytest.warns(UserWarning, match=r"loraq\[cuda\].*until then packed layers run in plain torch"):
+        with pytest.warns(UserWarning, match=r"loraq\[cuda\].*meanwhile packed layers run in plain torch"):
             assert CudaKernel().refusal(layout_of(8, 64)) == sentence
 
     def test_no_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
