@@ -56,9 +56,10 @@ def test_a_pass_is_the_reference(
     slack = 0.01 * max(float((weight - product.float()).norm()) for product in products)
     assert losses == pytest.approx(expected_losses, rel=5e-2, abs=slack)
     assert errors[0].dtype == dtype
-    assert float(errors[0].float().norm()) == pytest.approx(
-        float(expected_errors[0].float().norm()), rel=0.2 + 0.8 * crest, abs=slack * (1 + 3 * crest)
-    )
+    if crest < 1:  # or a few errors, just before a flip or just after it, are all of it
+        assert float(errors[0].float().norm()) == pytest.approx(
+            float(expected_errors[0].float().norm()), rel=0.2 + 0.8 * crest, abs=slack * (1 + 3 * crest)
+        )
 
 
 @settings(max_examples=60, deadline=None)
