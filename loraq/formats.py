@@ -64,10 +64,14 @@ def stored_scales(limits: Tensor, top: float) -> Tensor:
     return quotient(limits, top).to(torch.bfloat16)
 
 
+def divisors(scales: Tensor) -> Tensor:
+    """What the columns of groups are divided by, (..., groups, 1): their scales (..., groups), infinite where 0."""
+    return torch.where(scales == 0, torch.inf, scales).unsqueeze(-1)
+
+
 def divided(values: Tensor, scales: Tensor, group: int) -> Tensor:
     """`values / scale`, (rows, groups, group) float32; 0 where the scale is 0."""
-    divisor = scales.float().unsqueeze(-1)
-    return grouped(values, group) / torch.where(divisor == 0, torch.inf, divisor)
+    return grouped(values, group) / divisors(scales.float())
 
 
 def scaled(values: Tensor, scales: Tensor, group: int, table: Tensor | None = None) -> Tensor:

@@ -85,21 +85,19 @@ def linear(input: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, key: s
 
 
 def _computed(input: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, key: str) -> Tensor:
+    device = input.device.type
+    if torch.is_autocast_enabled(device):  # its 16-bit products are not what a packed layer is
+        with torch.autocast(device, enabled=False):
+            return _computed(input, tensors, bias, key)
     layout = _layout(key)
     if input.shape[-1:] != (layout.inn,):
         raise ValueError(f"PackedLinear takes inputs (..., {layout.inn}), got {tuple(input.shape)}.")
     if input.numel() == 0:
         return input.new_empty((*input.shape[:-1], layout.out))
     named = dict(zip(_names(key), tensors, strict=True))
-    device = input.device.type
     kernel = kernel_for(layout, device)
-    compute = reference if kernel is None else kernel.linear
     rows = input if input.dim() == 2 else input.reshape(-1, layout.inn)
-    if torch.is_autocast_enabled(device):  # its 16-bit products are not what a packed layer is
-        with torch.autocast(device, enabled=False):
-            output = compute(rows, named, bias, layout)
-    else:
-        output = compute(rows, named, bias, layout)
+    output = (reference if kernel is None else kernel.linear)(rows, named, bias, layout)
     return output if rows is input else output.reshape(*input.shape[:-1], layout.out)
 
 

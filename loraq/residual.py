@@ -116,7 +116,7 @@ class ResidualRounding:
     def _steps(self, guess: Coded) -> tuple[Tensor, int]:
         """Each group's step of the grid, (rows, groups, 1) in units, infinite where it is 0; a group's columns."""
         _, scales, group = guess.format.integer_view(guess)
-        return torch.where(scales > 0, scales / self._unit, torch.inf).unsqueeze(-1), group
+        return formats.divisors(scales / self._unit), group
 
     def _error(
         self, residual: Tensor, decoded: Tensor, steps: Tensor | None, group: int

@@ -14,7 +14,7 @@ import math
 from typing import TYPE_CHECKING
 
 from loraq import rounding
-from loraq.formats import IntegerFormat, grouped, ungrouped
+from loraq.formats import IntegerFormat, divisors, grouped, ungrouped
 
 if TYPE_CHECKING:
     import torch
@@ -44,14 +44,14 @@ class Fused:
         anew = torch.linalg.vector_norm(parts, math.inf, dim=-1).mul_(1 / self._limit)
         scales = torch.where(self.scales > 0, self.scales, anew) * self._factors
         lowest, highest = -self._limit - 1, self._limit
-        codes = (parts / _not_zero(scales)).round_().clamp_(lowest, highest)
+        codes = (parts / divisors(scales)).round_().clamp_(lowest, highest)
         errors = codes.mul_(scales.unsqueeze(-1)).sub_(parts)  # with the other sign, which is turned at the end
         sizes, best = torch.linalg.vector_norm(errors, dim=-1).min(dim=0, keepdim=True)
         self.scales = scales.gather(0, best)[0]
         error = errors.gather(0, best.unsqueeze(-1).expand(1, *parts.shape))[0]
         loss = torch.linalg.vector_norm(sizes)
         if crest > 0:
-            shares = (error / _not_zero(self.scales)).square_().mul_(4 * crest).clamp_(max=4 * crest).add_(1 - crest)
+            shares = (error / divisors(self.scales)).square_().mul_(4 * crest).clamp_(max=4 * crest).add_(1 - crest)
             error.mul_(shares)
         error = ungrouped(error, residual.shape[1])
         if noise > 0:
@@ -75,8 +75,3 @@ class Moving:
         """`values` (rows, columns) rounded, in `dtype`."""
         codes = (values * self._inverse).round_().clamp_(-self._limit - 1, self._limit)
         return codes.mul_(self._steps).to(dtype)
-
-
-def _not_zero(scales: Tensor) -> Tensor:
-    """Scales to divide a group's columns by: by a scale of 0 all become 0."""
-    return torch.where(scales > 0, scales, torch.inf).unsqueeze(-1)

@@ -118,10 +118,10 @@ def searched_at_once(values: Tensor, format: formats.IntegerFormat, group: int, 
     def limited(values: Tensor, guess: Coded | None = None) -> Coded:
         start, factors = _range(values, format, group, guess)
         limits = start * start.new_tensor(factors).reshape(-1, 1, 1)
-        scales = formats.stored_scales(limits, format.limit).float().unsqueeze(-1)
+        scales = formats.stored_scales(limits, format.limit).float()
         parts = formats.grouped(values, group)
-        errors = (parts / torch.where(scales == 0, torch.inf, scales)).round_().clamp_(-format.limit - 1, format.limit)
-        sums = _lane_sums(errors.mul_(scales).sub_(parts).square_())
+        codes = (parts / formats.divisors(scales)).round_().clamp_(-format.limit - 1, format.limit)
+        sums = _lane_sums(codes.mul_(scales.unsqueeze(-1)).sub_(parts).square_())
         order = torch.arange(len(factors), device=values.device).reshape(-1, 1, 1)
         first = torch.where(sums == sums.amin(dim=0), order, len(factors) - 1).amin(dim=0, keepdim=True)
         return format.encode(values, group, limits.gather(0, first)[0], full_range=True)

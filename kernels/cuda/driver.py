@@ -59,7 +59,6 @@ class _DriverLaunch(AbstractLaunch):
         self._function = function
         self._threads = program.threads
         self._shared_bytes = program.shared_bytes
-        self._name = name(program)
         self._device = device
         self._start, self._stream, self._index = device.api.cuLaunchKernel, device.stream, device.index
         self._program = program
@@ -84,7 +83,7 @@ class _DriverLaunch(AbstractLaunch):
         )
         if status:
             raise RuntimeError(
-                f"the CUDA kernel {self._name} could not be started: {_reason(self._device.api, status)}"
+                f"the CUDA kernel {name(self._program)} could not be started: {_reason(self._device.api, status)}"
             )
         if self._first_uses is not None:
             if self._program in self._first_uses.proved:
