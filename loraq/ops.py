@@ -11,12 +11,16 @@ What a layer computes, for x (tokens, inn), all sums in float32:
     y = q(x̃) · mainᵀ  +  q'( q'(x̃) · downᵀ ) · upᵀ  +  bias
 
 q and q' round to the main and the branch quantizer's activation. Both operands of a product being integers, each pair
-of groups is multiplied in integers, exactly, and scaled afterwards; the groups are added up in order of their columns:
+of groups is multiplied in integers, exactly, and scaled afterwards:
 
-    y[t, o] = Σ_segments  (Σ_k codes_x[t, k] · codes_w[o, k]) · scale_x[t, segment] · scale_w[o, segment]
+    y[t, o] += scale_x[t, segment] · (scale_w[o, segment] · Σ_k codes_x[t, k] · codes_w[o, k])
 
-A segment is a run of columns within one group of either side. Where one side has no integer codes (a table format, an
-activation "none") it is decoded and the product runs in float32.
+A segment is a run of columns within one group of either side. Segments are added up in order of their columns, the
+branch's behind the main product's, in one sum. The inner product is rounded to float32, the outer one and its addition
+together, once: that is the fused multiply-add that processors have, and two operations a segment are what scaling must
+cost (docs/notes/cuda-kernels.md). So a backend can give the same bits on any machine.
+Where one side has no integer codes (a table format, an activation "none") it is decoded, the product runs in float32,
+and its sum is added as a whole.
 
 The layout travels through torch.compile and torch.export as a string (its key), tensors as tensors.
 """
@@ -41,6 +45,8 @@ from loraq.layout import Layout
 
 _EXACT_FLOAT32 = 2**24
 """Integers up to this are exact in float32, so that a float matmul of integers is exact in any order of sums."""
+_AT_ONCE = 2**18
+"""Numbers that `multiply_add` takes at a time."""
 
 
 _LAYOUTS: dict[str, Layout] = {}
@@ -137,9 +143,7 @@ def reference(input: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None,
 
     output = product(activations(layout.activation), layout.coded("main", tensors))
     if layout.rank:
-        thin = product(activations(layout.branch_activation), layout.coded("down", tensors))
-        thin_rounded = quantize_activation(thin, layout.branch_activation)
-        output = output + product(thin_rounded, layout.coded("up", tensors))
+        output = with_branch(output, activations(layout.branch_activation), tensors, layout)
     if bias is not None:
         output = output + bias.float()
     return output.to(input.dtype)
@@ -152,28 +156,60 @@ def quantize_activation(input: Tensor, kind: Activation) -> Coded | Tensor:
     return kind.format.encode(input, kind.group_for(input.shape[1]))
 
 
-def product(input: Coded | Tensor, weight: Coded) -> Tensor:
-    """`input (tokens, columns) · weightᵀ` for weight (rows, columns): (tokens, rows) float32.
+def with_branch(output: Tensor, input: Coded | Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """The main product `output` (tokens, out) float32 and the branch of `input`, which is rounded for the branch."""
+    thin = product(input, layout.coded("down", tensors))
+    thin_rounded = quantize_activation(thin, layout.branch_activation)
+    return product(thin_rounded, layout.coded("up", tensors), output)
 
-    In integers where both sides have them, else decoded.
+
+def product(input: Coded | Tensor, weight: Coded, total: Tensor | None = None) -> Tensor:
+    """`total + input (tokens, columns) · weightᵀ` for weight (rows, columns): (tokens, rows) float32.
+
+    In integers where both sides have them, else decoded. `total` (tokens, rows) float32 is left as it is; None is 0.
     """
     if isinstance(input, Coded) and input.format.integer and weight.format.integer:
-        return _integer_product(input, weight)
+        return _integer_product(input, weight, total)
     values = input.decode() if isinstance(input, Coded) else input
-    return values @ weight.decode().T
+    found = values @ weight.decode().T
+    return found if total is None else total + found
 
 
-def _integer_product(input: Coded, weight: Coded) -> Tensor:
+def _integer_product(input: Coded, weight: Coded, total: Tensor | None) -> Tensor:
     codes_x, scales_x, group_x = input.format.integer_view(input)
     codes_w, scales_w, group_w = weight.format.integer_view(weight)
-    output = torch.zeros(input.shape[0], weight.shape[0], dtype=torch.float32, device=codes_w.device)
+    if total is None:
+        total = torch.zeros(input.shape[0], weight.shape[0], dtype=torch.float32, device=codes_w.device)
     largest = _magnitude(codes_x.dtype) * _magnitude(codes_w.dtype)
     for start, end in _segments(weight.shape[1], group_x, group_w):
         # Floating point carries the integers exactly; int8 matmuls exist on few devices.
         carrier = torch.float32 if largest * (end - start) <= _EXACT_FLOAT32 else torch.float64
         sums = codes_x[:, start:end].to(carrier) @ codes_w[:, start:end].to(carrier).T
-        output += sums.float() * scales_x[:, start // group_x].unsqueeze(1) * scales_w[:, start // group_w]
-    return output
+        scaled = sums.float() * scales_w[:, start // group_w]
+        total = multiply_add(scaled, scales_x[:, start // group_x].unsqueeze(1), total)
+    return total
+
+
+def multiply_add(first: Tensor, second: Tensor, total: Tensor) -> Tensor:
+    """`first · second + total`, (tokens, rows) float32, rounded once: the fused multiply-add, which torch has not.
+
+    `second` may be (tokens, 1). The product of two float32 is exact in float64. The sum is rounded to odd there, so
+    that rounding it again to float32 is as if it had been rounded once (Boldo and Melquiond, "Emulation of a FMA and
+    correctly rounded sums: proved algorithms using rounding to odd", 2008). A device without float64 rounds twice.
+    """
+    if total.device.type == "mps":
+        return total + first * second
+    rows = max(1, _AT_ONCE // total.shape[1])
+    if len(total) > rows:  # the many float64 on the way would not stay in a cache, nor perhaps in memory
+        firsts, seconds = first.split(rows), second.split(rows)
+        return torch.cat([multiply_add(*each) for each in zip(firsts, seconds, total.split(rows), strict=True)])
+    exact, before = first.double() * second.double(), total.double()
+    sum = before + exact
+    part = sum - before
+    error = (before - (sum - part)).add_(exact.sub_(part))  # of the sum, itself exact (Knuth)
+    nudged = torch.nextafter(sum, torch.copysign(torch.full_like(sum, torch.inf), error))
+    keep = (sum.view(torch.int64) & 1).bool() | ~(error.abs() > 0)
+    return torch.where(keep, sum, nudged).float()
 
 
 def _magnitude(dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy
@@ -44,7 +45,16 @@ def packed(
     return quantize_layer("layer", trained(out, inn, seed=1), bind(stages), seed=0)
 
 
-def by_hand(input: Coded, weight: Coded) -> numpy.ndarray:
+def fused(one: numpy.float32, other: numpy.float32, total: numpy.float32) -> numpy.float32:
+    """one · other + total, rounded once: the float32 next to the exact number, of two the one whose last bit is 0."""
+    exact = Fraction(float(one)) * Fraction(float(other)) + Fraction(float(total))
+    near = numpy.float32(float(exact))
+    around = [near, *(numpy.nextafter(near, numpy.float32(end)) for end in (-numpy.inf, numpy.inf))]
+    finite = [each for each in around if numpy.isfinite(each)]
+    return min(finite, key=lambda each: (abs(Fraction(float(each)) - exact), int(each.view(numpy.int32)) & 1))
+
+
+def by_hand(input: Coded, weight: Coded, before: numpy.ndarray | None = None) -> numpy.ndarray:
     """The product written out: integer sums, one segment after the other, in float32."""
     codes_x, codes_w = input.codes.numpy().astype(object), weight.codes.numpy().astype(object)
     scales_x, scales_w = input.scales.float().numpy(), weight.scales.float().numpy()
@@ -52,7 +62,7 @@ def by_hand(input: Coded, weight: Coded) -> numpy.ndarray:
     output = numpy.zeros((tokens, rows), numpy.float32)
     for token in range(tokens):
         for row in range(rows):
-            start, total = 0, numpy.float32(0)
+            start, total = 0, numpy.float32(0) if before is None else before[token, row]
             while start < columns:
                 end = start
                 integer = 0
@@ -62,8 +72,8 @@ def by_hand(input: Coded, weight: Coded) -> numpy.ndarray:
                 ):
                     integer += codes_x[token, end] * codes_w[row, end]
                     end += 1
-                term = numpy.float32(integer) * scales_x[token, start // input.group]
-                total = numpy.float32(total + term * scales_w[row, start // weight.group])
+                scaled = numpy.float32(integer) * scales_w[row, start // weight.group]
+                total = fused(scaled, scales_x[token, start // input.group], total)
                 start = end
             output[token, row] = total
     return output
@@ -89,6 +99,68 @@ def test_integer_products_are_exact(
     input = kinds[0].encode(seeded(tokens, columns, seed=seed), groups[0])
     weight = kinds[1].encode(seeded(rows, columns, seed=seed + 1), groups[1], full_range=True)
     assert numpy.array_equal(ops.product(input, weight).numpy(), by_hand(input, weight))
+
+
+FLOATS = st.floats(min_value=2.0**-30, max_value=2.0**30, width=32).flatmap(lambda each: st.sampled_from([each, -each]))
+
+
+@given(one=FLOATS, other=FLOATS, total=FLOATS, apart=st.none() | st.integers(-30, 60))
+def test_multiply_add_rounds_once(one: float, other: float, total: float, apart: int | None) -> None:
+    if apart is not None:  # a total 2^apart times the product, so that neither swallows the other
+        total = one * other * 2.0**apart
+    numbers = [numpy.float32(each) for each in (one, other, total)]
+    first, second, before = (torch.full((2, 3), float(each)) for each in numbers)
+    assert bool((ops.multiply_add(first, second[:, :1], before) == float(fused(*numbers))).all())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_multiply_add_next_to_the_middle_of_two_floats(sign: float) -> None:
+    """What decides lies beyond float64: its sum is the middle itself, from where rounding goes to the even float."""
+    one, odd, step = torch.ones(1, 1), torch.full((1, 1), 1 + 2.0**-23), 2.0**-23
+    below = (2.0**-12 * (1 + step) * one, 2.0**-12 * (1 - step) * one)  # their product: 2^-24 - 2^-70
+    above = (2.0**-12 * (1 + step) * one, 2.0**-12 * (1 + step) * one)  # 2^-24 + 2^-46 + 2^-70: float64 holds that
+    middle = (2.0**-12 * one, 2.0**-12 * one)
+    for (first, second), total, expected in (
+        (below, odd, 1 + step),
+        (middle, odd, 1 + 2 * step),
+        (below, one, 1),
+        (middle, one, 1),
+        (above, one, 1 + step),
+    ):
+        assert ops.multiply_add(first * sign, second, total * sign).item() == sign * expected
+    assert (below[0].double() * below[1].double() + odd.double()).float().item() != 1 + step, "float64 alone would do"
+
+
+def test_multiply_add_of_what_is_no_number() -> None:
+    infinite, one = torch.tensor([[torch.inf]]), torch.ones(1, 1)
+    assert ops.multiply_add(infinite, one, one).item() == torch.inf
+    assert ops.multiply_add(one, one, -infinite).item() == -torch.inf
+    assert ops.multiply_add(infinite, one, -infinite).isnan().item()
+    assert ops.multiply_add(one * torch.nan, one, one).isnan().item()
+    large = torch.full((1, 1), 3e38)
+    assert ops.multiply_add(large, large, one).item() == torch.inf
+
+
+def test_many_numbers_are_taken_in_lots() -> None:
+    first, total = seeded(700, 600), seeded(700, 600, seed=1)
+    scale = seeded(700, 1, seed=2)
+    rows = [ops.multiply_add(first[[row]], scale[[row]], total[[row]]) for row in (0, 436, 437, 699)]
+    assert torch.equal(ops.multiply_add(first, scale, total)[[0, 436, 437, 699]], torch.cat(rows))
+
+
+def test_the_branch_is_added_to_the_same_sum() -> None:
+    layer = packed(inn=130, rank=70)
+    layout, x = layer.layout, seeded(3, 130, seed=4)
+    transformed = layout.transformed(x, layer.tensors)
+    main = ops.quantize_activation(transformed, layout.activation)
+    thin = ops.product(
+        ops.quantize_activation(transformed, layout.branch_activation), layout.coded("down", layer.tensors)
+    )
+    thin_rounded, up = ops.quantize_activation(thin, layout.branch_activation), layout.coded("up", layer.tensors)
+    assert isinstance(main, Coded)
+    assert isinstance(thin_rounded, Coded)
+    total = by_hand(thin_rounded, up, by_hand(main, layout.coded("main", layer.tensors)))
+    assert numpy.array_equal(ops.reference(x, layer.tensors, None, layout).numpy(), total)
 
 
 def test_long_rows_of_extreme_codes_stay_exact() -> None:

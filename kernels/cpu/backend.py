@@ -136,9 +136,7 @@ def _with_branch_in_torch(
     rows = _rounded(transformed, layout.activation) if prepared.rounded_before else transformed
     _run(prepared, rows, output, None)
     rounded = ops.quantize_activation(transformed, layout.branch_activation)
-    thin = ops.product(rounded, layout.coded("down", tensors))
-    rounded = ops.quantize_activation(thin, layout.branch_activation)
-    output += ops.product(rounded, layout.coded("up", tensors))
+    output = ops.with_branch(output, rounded, tensors, layout)
     if bias is not None:
         output += bias.float()
     return output.to(input.dtype)

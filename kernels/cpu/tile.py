@@ -2,9 +2,9 @@
 
 A panel is made of micro-tiles: several tokens that share each load of the weights, and fewer for those that are left;
 single ones hide the latency by several sums a vector instead. For each segment (a run of columns that shares one scale
-on either side) a tile multiplies codes in integers, converts the sums, and scales and adds them in the order and
-precision of loraq/ops.py; no multiply-add is fused. The weights' codes are unsigned, q + 2^(bits - 1):
-the accumulators start at -2^(bits - 1) Σ x_q, which takes that away again.
+on either side) a tile multiplies codes in integers, converts the sums, scales them by the weights' scales, and adds
+them times the activations' scales by a fused multiply-add, in the order and precision of loraq/ops.py. The weights'
+codes are unsigned, q + 2^(bits - 1): the accumulators start at -2^(bits - 1) Σ x_q, which takes that away again.
 
 Axes and layouts (all addresses are integers; `slot` columns hold one segment, padded with zero activations):
 
@@ -30,7 +30,7 @@ from llvmlite import ir
 from .dot import COLUMNS
 from .machines import Machine
 from .memory import called_with
-from .vectors import BYTE, FLOAT, INT, LONG, SHORT, llvm, load, long, same, splat, store, zero
+from .vectors import BYTE, FLOAT, INT, LONG, SHORT, instruction, llvm, load, long, same, splat, store, zero
 
 OUTPUTS = 32
 """Outputs (weight rows) of one panel of weights."""
@@ -56,8 +56,8 @@ ARGUMENTS = (
     "ahead",
 )
 """What a panel takes, int64 one after the other in memory. `output_stride` is in bytes, the bias float32; `accumulate`
-not 0 adds to what the output holds. `ahead` bytes behind each weight lies what will be wanted next: it is fetched into
-the cache while this panel is multiplied."""
+not 0 begins the sums with what the output holds. `ahead` bytes behind each weight lies what will be wanted next: it is
+fetched into the cache while this panel is multiplied."""
 
 
 def panel(machine: Machine, bits: int) -> Any:
@@ -128,7 +128,7 @@ class _Tile:
         stride = builder.mul(values["segments"], values["slot"])
         rows = [builder.add(values["activations"], builder.mul(stride, long(token))) for token in range(self.tokens)]
         panel_step = builder.mul(values["slot"], long(OUTPUTS * self.bits // 8))
-        self._fetch_output()
+        begun = self._begun()
         builder.branch(loop)
 
         builder.position_at_end(loop)
@@ -136,8 +136,8 @@ class _Tile:
         totals = [[builder.phi(self.floats) for _ in range(self.vectors)] for _ in range(self.tokens)]
         for phi, start in ((segment, long(0)), (column, long(0)), (weights, values["weights"])):
             phi.add_incoming(start, before)
-        for phi in _flat(totals):
-            phi.add_incoming(zero(self.floats), before)
+        for phi, start in zip(_flat(totals), _flat(begun), strict=True):
+            phi.add_incoming(start, before)
         sums = self._products(segment, [builder.add(row, column) for row in rows], weights)
         added = self._scaled(segment, sums, totals)
         end = builder.block
@@ -214,7 +214,7 @@ class _Tile:
         return [builder.bitcast(half, self.integers) for half in halves]
 
     def _scaled(self, segment: Any, sums: list[list[Any]], totals: list[list[Any]]) -> list[list[Any]]:
-        """`total + float(sum) * activation scale * weight scale`, each operation rounded on its own."""
+        """`total + (float(sum) * weight scale) * activation scale`, the outer product and the sum rounded once."""
         builder, lanes = self.builder, self.lanes
         place = builder.add(self.values["weight_scales"], builder.mul(segment, long(OUTPUTS * 2)))
         sixteen = same(self.integers, 16)
@@ -228,30 +228,37 @@ class _Tile:
             scale = splat(builder, load(builder, FLOAT, self._of_token("scales", token, segment)), self.floats)
             row = []
             for vector in range(self.vectors):
-                scaled = builder.fmul(builder.sitofp(sums[token][vector], self.floats), scale)
-                row.append(builder.fadd(totals[token][vector], builder.fmul(scaled, weight_scales[vector])))
+                scaled = builder.fmul(builder.sitofp(sums[token][vector], self.floats), weight_scales[vector])
+                row.append(_fused(builder, scaled, scale, totals[token][vector]))
             added.append(row)
         return added
 
     def _store(self, totals: list[list[Any]]) -> None:
-        """Write the tile: what was there is added first where `accumulate` says so, the bias last."""
+        """Write the tile, the bias added."""
         builder, values, width = self.builder, self.values, self.lanes * 4
-        accumulate = builder.icmp_signed("!=", values["accumulate"], long(0))
         for token in range(self.tokens):
             row = builder.add(values["output"], builder.mul(values["output_stride"], long(token)))
             for vector in range(self.vectors):
                 place = builder.add(row, long(vector * width))
-                # What is not yet written may be anything, even not a number: chosen, not multiplied away.
-                before = builder.select(accumulate, load(builder, self.floats, place), zero(self.floats))
                 bias = load(builder, self.floats, builder.add(values["bias"], long(vector * width)))
-                total = builder.fadd(builder.fadd(before, totals[token][vector]), bias)
-                store(builder, total, place)
+                store(builder, builder.fadd(totals[token][vector], bias), place)
 
-    def _fetch_output(self) -> None:
-        """Ask for the tile's cache lines to write to: they arrive while the products are made."""
+    def _begun(self) -> list[list[Any]]:
+        """What the sums begin with: what the output holds where `accumulate` says so, else 0, [token][vector].
+
+        The tile's cache lines are asked for to write to: they arrive while the products are made.
+        """
+        builder, values = self.builder, self.values
+        accumulate = builder.icmp_signed("!=", values["accumulate"], long(0))
+        begun = []
         for token in range(self.tokens):
-            row = self.builder.add(self.values["output"], self.builder.mul(self.values["output_stride"], long(token)))
+            row = builder.add(values["output"], builder.mul(values["output_stride"], long(token)))
             self._fetch(row, OUTPUTS * 4, write=True)
+            places = [builder.add(row, long(vector * self.lanes * 4)) for vector in range(self.vectors)]
+            # What is not yet written may be anything, even not a number: chosen, not multiplied away.
+            held = [load(builder, self.floats, place) for place in places]
+            begun.append([builder.select(accumulate, each, zero(self.floats)) for each in held])
+        return begun
 
     def _fetch(self, address: Any, size: int, write: bool = False) -> None:
         """Ask for the cache lines of `size` bytes at `address`, which may lie anywhere."""
@@ -272,6 +279,11 @@ class _Tile:
         for chain in range(1, self.chains):
             total = self.builder.add(total, sums[token, vector, chain])
         return total
+
+
+def _fused(builder: Any, one: Any, other: Any, total: Any) -> Any:
+    """The multiply-add that is rounded once, an instruction of every processor with AVX2 and of every 64-bit Arm."""
+    return instruction(builder, f"llvm.fma.v{total.type.count}f32", total.type, one, other, total)
 
 
 def _flat(rows: list[list[Any]]) -> list[Any]:

@@ -239,9 +239,7 @@ def _with_branch_in_torch(
     transformed = layout.transformed(input.float(), tensors)
     output = _run(ready, device, _aligned(transformed), torch.float32, None)
     rounded = ops.quantize_activation(transformed, layout.branch_activation)
-    thin = ops.product(rounded, layout.coded("down", tensors))
-    rounded = ops.quantize_activation(thin, layout.branch_activation)
-    output = output + ops.product(rounded, layout.coded("up", tensors))
+    output = ops.with_branch(output, rounded, tensors, layout)
     if bias is not None:
         output = output + bias.float()
     return output.to(input.dtype)

@@ -54,15 +54,17 @@ class PlainWeight:
         return cls(bits, *coded.shape, group, by_columns, scales.contiguous())
 
 
-def product(input: Coded, weight: PlainWeight, device: AbstractDevice) -> Tensor:
-    """What ops.product gives: (tokens, rows) float32."""
+def product(input: Coded, weight: PlainWeight, device: AbstractDevice, total: Tensor | None = None) -> Tensor:
+    """What ops.product gives: (tokens, rows) float32; a `total` is added to in place."""
     codes, scales, group = input.format.integer_view(input)
     codes, scales = codes.contiguous(), scales.contiguous()
     tokens = codes.shape[0]
-    output = device.empty((tokens, weight.rows), torch.float32, codes.device)
+    output = device.empty((tokens, weight.rows), torch.float32, codes.device) if total is None else total
     program = Plain(16 if codes.dtype == torch.int16 else 8, 4 if weight.bits == 4 else 8 if weight.bits == 8 else 16)
     sizes = [weight.rows, weight.columns, group, weight.group, scales.shape[1], weight.scales.shape[1]]
-    launch = device.launch(program, [codes, scales, weight.codes, weight.scales, output, *sizes])
+    launch = device.launch(
+        program, [codes, scales, weight.codes, weight.scales, output, *sizes, int(total is not None)]
+    )
     launch.start(tokens, -(-weight.rows // OUTPUTS))
     return output
 
@@ -97,13 +99,15 @@ class PlainLayer:
         output = self._product(ops.quantize_activation(transformed, layout.activation), "main", device)
         if layout.rank:
             thin = self._product(ops.quantize_activation(transformed, layout.branch_activation), "down", device)
-            output = output + self._product(ops.quantize_activation(thin, layout.branch_activation), "up", device)
+            output = self._product(ops.quantize_activation(thin, layout.branch_activation), "up", device, output)
         if bias is not None:
             output = output + bias.float()
         return output.to(input.dtype)
 
-    def _product(self, input: Coded | Tensor, matrix: str, device: AbstractDevice) -> Tensor:
+    def _product(
+        self, input: Coded | Tensor, matrix: str, device: AbstractDevice, total: Tensor | None = None
+    ) -> Tensor:
         weight = {"main": self.main, "down": self.down, "up": self.up}[matrix]
         if weight is None or not isinstance(input, Coded):
-            return ops.product(input, self.layout.coded(matrix, self.tensors))
-        return product(input, weight, device)
+            return ops.product(input, self.layout.coded(matrix, self.tensors), total)
+        return product(input, weight, device, total)

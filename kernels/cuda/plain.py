@@ -1,12 +1,13 @@
 """The product of two integer matrices with scales, one thread an output: easy to read, for every integer format.
 
-    y[t, o] = Σ_segments (Σ_k a[t, k] · w[o, k]) · a_scales[t, segment's group] · w_scales[o, segment's group]
+    y[t, o] += a_scales[t, segment's group] · (w_scales[o, segment's group] · Σ_k a[t, k] · w[o, k])
 
 A segment is a run of columns within one group of either side, as in loraq/ops.py, whose order and rounding this has.
 It serves the formats and groups that the tensor-core kernels do not take, and is what those can be compared with.
 
 `a` (tokens, columns) is int8 or int16. `w` lies by columns, so that neighbouring threads read neighbouring bytes:
-(columns, out) int8 or int16, or (columns / 2, out) bytes with the even column in the low half.
+(columns, out) int8 or int16, or (columns / 2, out) bytes with the even column in the low half. With `accumulate` not 0
+the sum begins with what `y` holds.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -37,7 +38,7 @@ class Plain(AbstractProgram):
 
     @property
     def operands(self) -> str:
-        return "UUUUUssssss"
+        return "UUUUUsssssss"
 
     @property
     def threads(self) -> int:
@@ -63,10 +64,11 @@ def _make(gpu: Any, program: Plain) -> Callable[..., None]:
         """Where the group that `column` lies in ends."""
         return (column // group + 1) * group
 
-    def kernel(a, a_scales, w, w_scales, y, out, columns, a_group, w_group, a_groups, w_groups):
+    def kernel(a, a_scales, w, w_scales, y, out, columns, a_group, w_group, a_groups, w_groups, accumulate):
         token, output = gpu.block_x(), gpu.block_y() * 128 + gpu.thread()
         here = gpu.u32(output < out)
-        total = gpu.f32(0)
+        place = y + gpu.u64((token * out + output) * 4)
+        total = gpu.as_float(gpu.ldg32_if(place, gpu.u32(here & (accumulate != 0))))
         start = 0
         while start < columns:
             end = min(columns, min(next_cut(start, a_group), next_cut(start, w_group)))
@@ -77,9 +79,9 @@ def _make(gpu: Any, program: Plain) -> Callable[..., None]:
                 sum = gpu.s32(sum + input * weight)
             a_scale = gpu.as_float(gpu.ldg32_if(a_scales + gpu.u64((token * a_groups + start // a_group) * 4), here))
             w_scale = gpu.as_float(gpu.ldg32_if(w_scales + gpu.u64((output * w_groups + start // w_group) * 4), here))
-            total = gpu.fadd(total, gpu.fmul(gpu.fmul(gpu.to_float(sum), a_scale), w_scale))
+            total = gpu.fma(gpu.fmul(gpu.to_float(sum), w_scale), a_scale, total)
             start = end
-        gpu.stg32_if(y + gpu.u64((token * out + output) * 4), gpu.bits(total), here)
+        gpu.stg32_if(place, gpu.bits(total), here)
 
     return kernel
 

@@ -11,9 +11,11 @@ takes the simple kernel only; emulator.py takes all.
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 import threading
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 
@@ -90,6 +92,16 @@ def to_float(value: int) -> float:
 def fadd(first: float, second: float) -> float:
     """Rounded once: a sum of two float32 in float64, rounded to float32, is the float32 sum."""
     return f32(first + second)
+
+
+def fma(first: float, second: float, third: float) -> float:
+    """Rounded once: the product is exact in float64, the sum to odd where it is not (emulator.py)."""
+    product = first * second
+    total = product + third
+    if math.isfinite(total) and struct.pack("<d", total)[0] % 2 == 0:
+        error = Fraction(product) + Fraction(third) - Fraction(total)
+        total = math.nextafter(total, math.copysign(math.inf, error)) if error else total
+    return f32(total)
 
 
 def fmul(first: float, second: float) -> float:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import pytest
+import torch
 import unicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,8 @@ from loraq.kernels.cpu import decode, memory, tile
 from loraq.kernels.cpu.code_values import CodeValues, Integers, Loads, Loads4, TableBytes
 from loraq.kernels.cpu.machines import DOTPROD, PORTABLE, Machine
 from unicorn import arm64_const as arm
+
+from loraq import ops
 
 CODE, STACK, DATA, SIZE = 0x1_0000, 0x20_0000, 0x40_0000, 0x10_0000
 STOP = CODE + SIZE - 4096
@@ -151,14 +154,14 @@ def packed(codes: numpy.ndarray, bits: int) -> numpy.ndarray:
 
 def reference(parts: dict[str, Any], codes: numpy.ndarray, bits: int, before: numpy.ndarray) -> numpy.ndarray:
     """The panel in numpy: integers exactly, then float32 in the order that tile.py gives."""
-    totals = numpy.zeros_like(before)
+    totals = before if parts["accumulate"] else numpy.zeros_like(before)
     weight_scales = (parts["weight_scales"].astype(numpy.uint32) << 16).view(numpy.float32)
     for segment in range(codes.shape[0]):
         weights = codes[segment].astype(numpy.int64) - 2 ** (bits - 1)
         sums = parts["activations"][:, segment].astype(numpy.int64) @ weights
-        scaled = sums.astype(numpy.float32) * parts["scales"][:, segment, None]
-        totals = totals + scaled * weight_scales[segment]
-    return (before if parts["accumulate"] else numpy.zeros_like(before)) + totals + parts["bias"]
+        factors = sums.astype(numpy.float32) * weight_scales[segment], parts["scales"][:, segment, None], totals
+        totals = ops.multiply_add(*map(torch.from_numpy, factors)).numpy()
+    return totals + parts["bias"]
 
 
 @pytest.mark.parametrize(("machine", "bits"), itertools.product((DOTPROD, PORTABLE), (4, 8)), ids=str)
