@@ -201,8 +201,8 @@ def multiply_add(first: Tensor, second: Tensor, total: Tensor) -> Tensor:
         return total + first * second
     rows = max(1, _AT_ONCE // total.shape[1])
     if len(total) > rows:  # the many float64 on the way would not stay in a cache, nor perhaps in memory
-        firsts, seconds = first.split(rows), second.split(rows)
-        return torch.cat([multiply_add(*each) for each in zip(firsts, seconds, total.split(rows), strict=True)])
+        parts = zip(*(torch.split(each, rows) for each in (first, second, total)), strict=True)
+        return torch.cat([multiply_add(*each) for each in parts])
     exact, before = first.double() * second.double(), total.double()
     sum = before + exact
     part = sum - before

@@ -78,6 +78,11 @@ def _converted(value: Any, dtype: Any) -> Array:
     return numpy.broadcast_to(found, (_block().threads,))
 
 
+def number(value: int) -> int:
+    """A number that is the same in all threads stays one of Python's."""
+    return value
+
+
 def u32(value: Any) -> Array:
     return _converted(value, numpy.uint32)
 

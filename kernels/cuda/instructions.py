@@ -160,7 +160,8 @@ INSTRUCTIONS = (
 )
 """Every instruction but `shared`, `device`, the conversions and arrays, which either module defines by itself."""
 
-SPECIAL = ("shared", "device", "zeros", "magic_zeros", "u32", "u64", "s32", "f32", "registers")
+SPECIAL = ("shared", "device", "zeros", "magic_zeros", "number", "u32", "u64", "s32", "f32", "registers")
 """What a `gpu` module has beside INSTRUCTIONS: `shared()` the address of the block's shared memory, `device` which
 decorates functions that kernels call, conversions, `zeros()` and `magic_zeros()`, tuples of 64 signed zeros or MAGICs,
-and `registers(size, type)`, an array that only constants index, so that it lies in registers."""
+and `registers(size, type)`, an array that only constants index, so that it lies in registers. `number` converts what
+is the same in all threads to 32 bits: Numba would go on with 64."""

@@ -1,20 +1,23 @@
 """How codes and scales lie in memory for the kernels, made from plain matrices with torch, on any device.
 
     byte_rows      (rows, columns) int8 to (groups, rows, 64): the activations' form, and `down`'s
-    output_bytes   the same with the 32 rows of each tile in the kernels' order: 8-bit weights
-    output_nibbles (rows, columns) to (groups, rows / 32, 1024) bytes: 4-bit weights
-    natural_nibbles  the same in natural order of columns, for wgmma
+    output_bytes   (rows, columns) to (groups, rows / 32, 2048) bytes: 8-bit weights
+    output_nibbles the same to (groups, rows / 32, 1024) bytes: 4-bit weights
+    natural_bytes, natural_nibbles  the same in natural order of columns, for wgmma
     group_scales   (rows, groups) to (groups, rows) bfloat16 bits, one a group of 64 columns whatever the format's group
     group_values   the same of any values
 
 Rows are filled up with zeros to a multiple of `multiple`, columns to whole groups of 64.
 
-Order of outputs. A lane of the tensor core's result has columns 2m and 2m + 1 of each 8-wide tile; let tile j's column
-2m + e be output 8m + 2j + e of the 32, and the lane has outputs 8m .. 8m + 7 in a row.
+A tile is 32 outputs and 64 columns. It is kept as the registers of the tensor core's first operand, which has 16 rows:
+lane 4r + m holds of rows r and r + 8 the columns 4m .. 4m + 3 of either half of an instruction's 32 columns. Let row
+r + 8h of 16 rows i be output 4r + 2i + h of the tile, and a lane ends up with outputs 4r .. 4r + 3.
 
-4-bit tile (32 outputs, 64 columns, 1 KB). A lane (row r of a tile, member m) has columns 16m .. 16m + 15 of output
-(tile j, r) in 8 bytes: byte 4s + i holds column 16m + 8s + i below and 16m + 8s + 4 + i above, so that shifting and
-masking a word gives the two registers of an int8 fragment. 16 bytes hold two tiles: [j / 2][lane][j % 2][8 bytes].
+Columns: in the order of a product of 32 columns s, half of it q, member m, byte b, column 32s + 16q + 4m + b is the
+natural one. The order within a group is free if both operands have the same, so activations, the second operand, are
+read 16 neighbouring columns a lane, and column 16m + 8s + 4q + b it is. 8-bit tiles are [i][s][lane][q][h][b], so that
+16 bytes are a fragment of 4 registers; natural ones [i][lane][s][q][h][b]. In 4-bit tiles both q share a byte, 0 below
+and 1 above, so that shifting and masking two words gives the fragment: [i][lane][s][h][b]; natural [i][lane][h][s][b].
 """
 
 from __future__ import annotations
@@ -42,40 +45,45 @@ def byte_rows(codes: Tensor, multiple: int) -> Tensor:
     return filled.permute(1, 0, 2).contiguous()
 
 
-def _order(device: torch.device) -> Tensor:
-    """The output of 32 that lies at each place (tile, column)."""
-    tile, column = torch.arange(4, device=device).unsqueeze(1), torch.arange(8, device=device)
-    return (column // 2 * 8 + tile * 2 + column % 2).reshape(-1)
+def _tiles(codes: Tensor, multiple: int, columns: tuple[int, ...]) -> Tensor:
+    """(rows, columns) int8 codes to (groups, tiles, r, i, h, *columns) with the 64 columns shaped so."""
+    found = byte_rows(codes, multiple)
+    groups, rows, _ = found.shape
+    return found.reshape(groups, rows // _OUTPUTS, 8, 2, 2, *columns)
+
+
+_MEMBERS_FIRST, _NATURAL = (4, 2, 2, 4), (2, 2, 4, 4)
+"""The shapes of 64 columns: (m, s, q, b) and (s, q, m, b)."""
 
 
 def output_bytes(codes: Tensor, multiple: int) -> Tensor:
-    """(rows, columns) int8 codes to (groups, padded rows, 64) int8, rows in the kernels' order."""
-    found = byte_rows(codes, multiple)
-    groups, rows, _ = found.shape
-    tiles = found.reshape(groups, rows // _OUTPUTS, _OUTPUTS, GROUP)
-    return tiles[:, :, _order(codes.device)].reshape(groups, rows, GROUP).contiguous()
+    """(rows, columns) int8 codes to (groups, padded rows / 32, 2048) int8."""
+    tiles = _tiles(codes, multiple, _MEMBERS_FIRST)  # group, tile, r, i, h, m, s, q, b
+    return tiles.permute(0, 1, 3, 6, 2, 5, 7, 4, 8).reshape(*tiles.shape[:2], 2048).contiguous()
+
+
+def natural_bytes(codes: Tensor, multiple: int) -> Tensor:
+    """As `output_bytes`, with the columns as wgmma has them, and all 32 bytes of a lane together."""
+    tiles = _tiles(codes, multiple, _NATURAL)  # group, tile, r, i, h, s, q, m, b
+    return tiles.permute(0, 1, 3, 2, 7, 5, 6, 4, 8).reshape(*tiles.shape[:2], 2048).contiguous()
 
 
 def output_nibbles(codes: Tensor, multiple: int) -> Tensor:
     """(rows, columns) int8 codes from -8 to 7 to (groups, padded rows / 32, 1024) uint8."""
-    found = output_bytes(codes, multiple)
-    groups, rows, _ = found.shape
-    # group, tile of 32, j / 2, j % 2, row, member, s, below or above, i
-    split = found.reshape(groups, rows // _OUTPUTS, 2, 2, 8, 4, 2, 2, 4)
-    ordered = split.permute(0, 1, 2, 4, 5, 3, 6, 7, 8)
-    below, above = ordered[..., 0, :].view(torch.uint8) & 0xF, ordered[..., 1, :].view(torch.uint8) << 4
-    return (below | above).reshape(groups, rows // _OUTPUTS, 1024).contiguous()
+    tiles = _tiles(codes, multiple, _MEMBERS_FIRST)
+    return _packed(tiles.permute(0, 1, 3, 2, 5, 6, 4, 8, 7))
 
 
 def natural_nibbles(codes: Tensor, multiple: int) -> Tensor:
-    """As `output_nibbles`, with the columns as wgmma has them: byte 4s + i holds 32s + 4m + i below, 16 more above."""
-    found = output_bytes(codes, multiple)
-    groups, rows, _ = found.shape
-    # group, tile of 32, j / 2, j % 2, row, s, below or above, member, i
-    split = found.reshape(groups, rows // _OUTPUTS, 2, 2, 8, 2, 2, 4, 4)
-    ordered = split.permute(0, 1, 2, 4, 7, 3, 5, 6, 8)
-    below, above = ordered[..., 0, :].view(torch.uint8) & 0xF, ordered[..., 1, :].view(torch.uint8) << 4
-    return (below | above).reshape(groups, rows // _OUTPUTS, 1024).contiguous()
+    """As `output_nibbles`, with the columns as wgmma has them."""
+    tiles = _tiles(codes, multiple, _NATURAL)
+    return _packed(tiles.permute(0, 1, 3, 2, 7, 4, 5, 8, 6))
+
+
+def _packed(ordered: Tensor) -> Tensor:
+    """Neighbours of the last dimension, which is 2, in one byte: (groups, tiles, 1024) uint8."""
+    below, above = ordered[..., 0].view(torch.uint8) & 0xF, ordered[..., 1].view(torch.uint8) << 4
+    return (below | above).reshape(*ordered.shape[:2], 1024).contiguous()
 
 
 def group_scales(scales: Tensor, group: int, columns: int, multiple: int) -> Tensor:

@@ -1,21 +1,25 @@
 """The product of a packed layer for many tokens, on the tensor cores: main weight, branch and bias in one pass.
 
-    y[t, o] = Σ_g (Σ_k a[g, t, k] · w[g, o, k]) · a_scales[g, t] · w_scales[g, o]  +  the same of the branch  +  bias[o]
+    y[t, o] = Σ_g a_scales[g, t] · (w_scales[g, o] · Σ_k a[g, t, k] · w[g, o, k])  +  the same of the branch  +  bias[o]
 
-A block of 8 warps makes 128 tokens x 64 outputs, each warp 32 x 32. Codes stream through a ring of shared memory, 64
-columns a stage, by asynchronous copies. Each stage is one group: its integer sums are exact, and are then scaled into
-float32 in the reference's order, (sum · a_scale) · w_scale, added group by group. The branch's `up` is `branch_groups`
-more stages of the same ring, with 8-bit codes on both sides.
+A block of 8 warps makes 128 tokens x 64 outputs, each warp 32 x 32. Codes and scales stream through a ring of shared
+memory, 64 columns a stage, by asynchronous copies. Each stage is one group: its integer sums are exact, and are then
+scaled and added to float32 sums group by group, as loraq/ops.py says. The branch's `up` is `branch_groups` more stages
+of the same ring, with 8-bit codes on both sides.
 
-How codes lie, so that each lane loads 16 bytes of shared memory without bank conflicts (layouts.py makes it):
+Outputs are the rows of the tensor core's product and tokens its columns. How codes lie, so that each lane loads 16
+bytes of shared memory at a time, without bank conflicts, into the very registers that an instruction takes:
 
-- activations, and weights of 8 bits: (groups, rows, 64) bytes. A lane takes 16 neighbouring columns of a row, and calls
-  them whatever columns the tensor core's fragment says: within a group the order is free, if both sides agree;
-- weights of 4 bits: 1 KB for 32 outputs, see layouts.py. Shifting and masking a word gives 8 codes times 16, as int8;
-- within 32 outputs, rows are in such an order that a lane ends up with 8 neighbouring outputs.
+- activations: (groups, rows, 64) bytes. A lane takes 16 neighbouring columns of a row, and calls them whatever columns
+  the fragment says: within a group the order is free, if both sides agree;
+- weights: as fragments, see layouts.py. Of 4 bits, shifting and masking a word gives 8 codes times 16, as int8, and the
+  scales in memory are a sixteenth (prepared.py);
+- rows are in such an order that a lane ends up with 4 neighbouring outputs, of 8 tokens.
 
 No integer is ever converted: the sums start at 0x4B400000, so that their bits are the float 1.5·2^23 + sum, and
-fma(float, scale, -1.5·2^23 · scale) is sum · scale rounded once. That holds for |sum| < 2^22.
+fma(float, scale, -1.5·2^23 · scale) is sum · scale rounded once. That holds for |sum| < 2^22. Another fma multiplies by
+the token's scale and adds: two operations an output and group. What is spent beside them decides the speed where tensor
+cores are fast, so fragments are loaded as they are wanted, and addresses run along instead of being computed.
 
 With `native`, activations are 4-bit codes as well and the tensor core multiplies them as they are (compute capability
 8.x; from 9.0 on this instruction is emulated, and 4-bit activations are kept in bytes).
@@ -49,13 +53,12 @@ TILE_TOKENS, TILE_OUTPUTS, GROUP = 128, 64, 64
 class Matmul(AbstractProgram):
     """Configuration of the product: `weight_bits` 4 or 8 of the main weight, how the rest is, and the output's type.
 
-    `branch` is the number of branch groups, 0, 1, or 2 for more than one; their sum is then kept apart, as the
-    reference has it. `aligned` says that rows of the output are whole runs of 8.
+    `aligned` says that rows of the output are whole runs of 8.
     """
 
     weight_bits: Literal[4, 8]
     native: bool
-    branch: Literal[0, 1, 2]
+    branch: bool
     bias: bool
     output: rows.Kind
     aligned: bool
@@ -74,7 +77,7 @@ class Matmul(AbstractProgram):
 
     @property
     def resident(self) -> int:
-        return 1 if self.branch == 2 else 2
+        return 2
 
     @property
     def shared_bytes(self) -> int:
@@ -82,12 +85,9 @@ class Matmul(AbstractProgram):
 
     @property
     def stage_bytes(self) -> int:
-        """Bytes of one stage: activations, weights, scales of either."""
-        a_bytes = TILE_TOKENS * GROUP
-        b_bytes = TILE_OUTPUTS * GROUP
-        if not self.branch:
-            a_bytes, b_bytes = a_bytes // (2 if self.native else 1), b_bytes * self.weight_bits // 8
-        return a_bytes + b_bytes + 4 * TILE_TOKENS + 2 * TILE_OUTPUTS
+        """Bytes of one stage: activations, weights, scales of either. A branch has 8 bits on both sides."""
+        main = _stage(GROUP // 2 if self.native else GROUP, GROUP * self.weight_bits // 8)
+        return max(main, _stage(GROUP, GROUP)) if self.branch else main
 
     def make(self, gpu: ModuleType) -> Callable[..., None]:
         return _make(gpu, self)
@@ -99,26 +99,44 @@ class Matmul(AbstractProgram):
         return attrs.evolve(self, stages=3)
 
 
+def _stage(a_row: int, w_row: int) -> int:
+    """Bytes of a stage with rows of so many bytes: activations, weights, scales of tokens, scales of outputs."""
+    return TILE_TOKENS * (a_row + 4) + TILE_OUTPUTS * (w_row + 2)
+
+
 def _make(gpu: Any, program: Matmul) -> Callable[..., None]:
     stages, stage_bytes, branch = program.stages, program.stage_bytes, program.branch
     a_row = GROUP // 2 if program.native else GROUP
     w_row = GROUP * program.weight_bits // 8
-    scales_at = stage_bytes - 4 * TILE_TOKENS - 2 * TILE_OUTPUTS
-    weights_at = scales_at - TILE_OUTPUTS * (GROUP if branch else w_row)
     copy_wait = getattr(gpu, f"copy_wait_{stages - 2}")
-    multiply_main = _group(gpu, program.weight_bits, program.native, program.integers, weights_at, scales_at)
-    multiply_branch = _group(gpu, 8, False, False, weights_at, scales_at)
-    fetch_main = _fetch(gpu, a_row, w_row, weights_at, scales_at)
-    fetch_branch = _fetch(gpu, GROUP, GROUP, weights_at, scales_at)
+    places_main, multiply_main = _group(gpu, program.weight_bits, program.native, program.integers)
+    places_branch, multiply_branch = _group(gpu, 8, False, False)
+    point_main, copy_main = _copies(gpu, a_row, w_row)
+    point_branch, copy_branch = _copies(gpu, GROUP, GROUP)
     scale_rows, store = _scale_rows(gpu), _store(gpu, program)
-    integers, count, registers = program.integers, 32, gpu.registers
+    integers, registers, last = program.integers, gpu.registers, (stages - 1) * stage_bytes
 
     @gpu.device
-    def multiply_main_into(place, sums, totals, thread):
+    def multiply_main_into(place, places, sums, totals):
         if integers:
-            multiply_main(place, totals, thread)
+            multiply_main(place, places, totals)
         else:
-            multiply_main(place, sums, thread)
+            multiply_main(place, places, sums)
+
+    @gpu.device
+    def fetch(place, index, groups, branch_groups, at, steps, side, where):
+        """Start the copies of stage `index`. Addresses in the main matrix run along; the branch's few are computed."""
+        if index < groups:
+            copy_main(place, at, where)
+            for part in range(3):
+                at[part] = at[part] + gpu.u64(steps[part])
+        elif branch and index < gpu.number(groups + branch_groups):
+            here, ahead = registers(3, gpu.u64), registers(3, gpu.u32)
+            point_branch(here, ahead, side, where)
+            for part in range(3):
+                here[part] = here[part] + gpu.u64(ahead[part]) * gpu.u64(index - groups)
+            copy_branch(place, here, where)
+        gpu.copy_commit()
 
     def kernel(
         a, a_scales, w, w_scales, thin, thin_scales, up, up_scales, bias, y, row_scales,
@@ -126,222 +144,217 @@ def _make(gpu: Any, program: Matmul) -> Callable[..., None]:
     ):  # fmt: skip
         thread, ring = gpu.thread(), gpu.shared()
         token, output = gpu.block_x() * 128, gpu.block_y() * 64
-        main, side = (a, a_scales, w, w_scales), (thin, thin_scales, up, up_scales)
+        side = (thin, thin_scales, up, up_scales)
         where = (token, padded_tokens, output, padded_out, thread)
         sums, totals = registers(32, gpu.f32), registers(32, gpu.s32)
-        for place in range(count):
+        places = registers(4, gpu.s32)
+        at, steps = registers(3, gpu.u64), registers(3, gpu.u32)
+        for place in range(32):
             sums[place], totals[place] = gpu.f32(0), gpu.s32(0)
-        total = groups + branch_groups
+        point_main(at, steps, (a, a_scales, w, w_scales), where)
         for index in range(stages - 1):
-            if index < groups:
-                fetch_main(ring + index * stage_bytes, index, main, where)
-            elif branch > 0 and index < total:
-                fetch_branch(ring + index * stage_bytes, index - groups, side, where)
-            gpu.copy_commit()
-        slot = 0
+            fetch(ring + index * stage_bytes, index, groups, branch_groups, at, steps, side, where)
+        here, free = gpu.number(0), gpu.number(last)
+        places_main(places, thread)
         for index in range(groups):
             copy_wait()
             gpu.barrier()
-            ahead, target = index + stages - 1, ring + (slot + stages - 1) % stages * stage_bytes
-            if ahead < groups:
-                fetch_main(target, ahead, main, where)
-            elif branch > 0 and ahead < total:
-                fetch_branch(target, ahead - groups, side, where)
-            gpu.copy_commit()
-            multiply_main_into(ring + slot * stage_bytes, sums, totals, thread)
-            slot = (slot + 1) % stages
+            fetch(ring + free, gpu.number(index + stages - 1), groups, branch_groups, at, steps, side, where)
+            multiply_main_into(ring + here, places, sums, totals)
+            free = here
+            here = gpu.number(0) if here == last else gpu.number(here + stage_bytes)
         if integers:
             scale_rows(totals, sums, a_scales, row_scales, token, output, thread)
-        if branch == 1:
-            copy_wait()
-            gpu.barrier()
-            multiply_branch(ring + slot * stage_bytes, sums, thread)
-        if branch == 2:
-            apart = registers(32, gpu.f32)
-            for place in range(count):
-                apart[place] = gpu.f32(0)
-            for index in range(branch_groups):
+        if branch:
+            places_branch(places, thread)
+            for index in range(groups, groups + branch_groups):
                 copy_wait()
                 gpu.barrier()
-                ahead, target = index + stages - 1, ring + (slot + stages - 1) % stages * stage_bytes
-                if ahead < branch_groups:
-                    fetch_branch(target, ahead, side, where)
-                gpu.copy_commit()
-                multiply_branch(ring + slot * stage_bytes, apart, thread)
-                slot = (slot + 1) % stages
-            for place in range(count):
-                sums[place] = gpu.fadd(sums[place], apart[place])
+                fetch(ring + free, gpu.number(index + stages - 1), groups, branch_groups, at, steps, side, where)
+                multiply_branch(ring + here, places, sums)
+                free = here
+                here = gpu.number(0) if here == last else gpu.number(here + stage_bytes)
         store(sums, bias, y, thread, token, tokens, output, out)
 
     return kernel
 
 
-def _fetch(gpu: Any, a_row: int, w_row: int, weights_at: int, scales_at: int) -> Any:
-    """A function that starts the copies of one group's tile; `a_row` and `w_row` bytes a row."""
-    a_pieces, w_pieces = TILE_TOKENS * a_row // 16, TILE_OUTPUTS * w_row // 16
+def _copies(gpu: Any, a_row: int, w_row: int) -> tuple[Any, Any]:
+    """Functions that point each thread at its pieces of the first group's tile, and that start a group's copies.
+
+    A stage is pieces of 16 bytes, piece p by thread p % 256: activations, weights, scales of tokens (32 pieces) and of
+    outputs (8). The first two are whole rounds of all threads but for weights of 4 bits, half a round, behind which
+    the scales follow in the same one.
+    """
+    a_rounds, w_rounds = TILE_TOKENS * a_row // 4096, TILE_OUTPUTS * w_row // 4096
+    rest = TILE_OUTPUTS * w_row // 16 % 256
 
     @gpu.device
-    def copy(target, source, pieces, thread):
-        """`pieces` of 16 bytes that lie together, 256 at a time."""
-        for first in range(0, pieces, 256):
-            piece = first + thread
-            gpu.copy16_if(target + piece * 16, source + gpu.u64(piece * 16), gpu.u32(piece < pieces))
-
-    @gpu.device
-    def copy_scales(target, of_tokens, of_outputs, thread):
-        """128 float32 scales of tokens by the first warp, 64 scales of two bytes of outputs by the second."""
-        gpu.copy16_if(target + thread * 16, of_tokens + gpu.u64(thread * 16), gpu.u32(thread < 32))
-        piece = (thread - 32) & 7
-        here = (thread >= 32) & (thread < 40)
-        gpu.copy16_if(target + 512 + piece * 16, of_outputs + gpu.u64(piece * 16), gpu.u32(here))
-
-    @gpu.device
-    def fetch(place, group, sources, where):
-        a, a_scales, w, w_scales = sources
+    def point(at, steps, matrices, where):
+        a, a_scales, w, w_scales = matrices
         token, tokens, output, outputs, thread = where
-        a_first, w_first = group * tokens + token, group * outputs + output
-        copy(place, a + gpu.u64(a_first * a_row), a_pieces, thread)
-        copy(place + weights_at, w + gpu.u64(w_first * w_row), w_pieces, thread)
-        copy_scales(place + scales_at, a_scales + gpu.u64(a_first * 4), w_scales + gpu.u64(w_first * 2), thread)
+        at[0], steps[0] = a + gpu.u64(token * a_row + thread * 16), gpu.u32(tokens * a_row)
+        at[1], steps[1] = w + gpu.u64(output * w_row + thread * 16), gpu.u32(outputs * w_row)
+        is_weight, is_token = gpu.u32(thread < rest), gpu.u32((thread >= rest) & (thread < rest + 32))
+        is_output = gpu.u32(thread >= rest + 32)
+        of_tokens = a_scales + gpu.u64(token * 4 + ((thread - rest) & 31) * 16)
+        of_outputs = w_scales + gpu.u64(output * 2 + ((thread - rest) & 7) * 16)
+        at[2] = at[1] * gpu.u64(is_weight) + of_tokens * gpu.u64(is_token) + of_outputs * gpu.u64(is_output)
+        steps[2] = gpu.u32(steps[1] * is_weight + gpu.u32(tokens * 4) * is_token + gpu.u32(outputs * 2) * is_output)
 
-    return fetch
+    @gpu.device
+    def copy(place, at, where):
+        thread = where[4]
+        mine = place + thread * 16
+        for part in range(a_rounds):
+            gpu.copy16_if(mine + part * 4096, at[0] + gpu.u64(part * 4096), 1)
+        if w_rounds > 0:
+            gpu.copy16_if(mine + a_rounds * 4096, at[1], 1)
+        gpu.copy16_if(mine + (a_rounds + w_rounds) * 4096, at[2], gpu.u32(thread < rest + 40))
+
+    return point, copy
 
 
-def _group(gpu: Any, weight_bits: int, native: bool, integers: bool, weights_at: int, scales_at: int) -> Any:
-    """A function that multiplies one group's tile from shared memory and adds it, scaled, to a warp's 32 x 32 sums.
+def _group(gpu: Any, weight_bits: int, native: bool, integers: bool) -> tuple[Any, Any]:
+    """Functions that tell a lane its places in a stage, and that add a stage's group to a warp's 32 x 32 sums.
 
-    With `integers` the sums are integers, and what scales them by output are integers, too.
+    Sums are scaled; with `integers` they are integers, and what scales them by output are integers, too. A lane's sums
+    are [16 outputs i][8 tokens t][output h][token e]: output 4r + 2i + h of 32, token 8t + 2m + e of 32.
     """
     nibbles = weight_bits == 4
-    # A code in the upper half of a byte counts 16 times.
-    shrink = 1.0 / 16 if nibbles and not native else 1.0
-    less, start = -MAGIC_FLOAT, 0 if integers else MAGIC
-    shift = 4 if nibbles and not native else 0
-    registers = gpu.registers
+    less, start, registers = -MAGIC_FLOAT, 0 if integers else MAGIC, gpu.registers
+    shift = 4 if nibbles and not native else 0  # a code in the upper half of a byte counts 16 times
+    a_row, w_row = 32 if native else 64, 64 * weight_bits // 8
+    weights_at = TILE_TOKENS * a_row
+    scales_at = weights_at + TILE_OUTPUTS * w_row
 
     @gpu.device
-    def add(sums, place, sum, by_token, less, by_output):
-        value = gpu.fma(gpu.as_float(gpu.as_unsigned(sum)), by_token, less)
-        sums[place] = gpu.fadd(sums[place], gpu.fmul(value, by_output))
-
-    @gpu.device
-    def add_integers(totals, at, c, low, high):
-        for place in range(4):
-            by_output = high if place % 2 else low
-            totals[at + place] = gpu.s32(totals[at + place] + (c[place] >> shift) * by_output)
-
-    @gpu.device
-    def load_tokens(place, words, row, member):
-        """The activations' fragments, `words` (2 tiles, 2 rows, 4): 16 columns of 4 rows."""
-        for tile in range(2):
-            for side in range(2):
-                at = tile * 8 + side * 4
-                where = row + tile * 16 + side * 8
-                if native:
-                    pair = gpu.lds64(place + where * 32 + member * 8)
-                    words[at], words[at + 1] = pair[0], pair[1]
-                else:
-                    four = gpu.lds128(place + where * 64 + member * 16)
-                    for word in range(4):
-                        words[at + word] = four[word]
-
-    @gpu.device
-    def product(words, tile, b):
-        """The integer sums of 16 tokens and 8 outputs over the group, four a lane."""
-        one, two = tile * 8, tile * 8 + 4
-        s = gpu.s32(start)
-        if native:
-            return gpu.mma_s4(words[one], words[two], words[one + 1], words[two + 1], b[0], b[1], s, s, s, s)
-        c = gpu.mma_s8(words[one], words[two], words[one + 1], words[two + 1], b[0], b[1], s, s, s, s)
-        return gpu.mma_s8(
-            words[one + 2], words[two + 2], words[one + 3], words[two + 3], b[2], b[3], c[0], c[1], c[2], c[3]
-        )
-
-    @gpu.device
-    def load_outputs(place, b, j, row, member, lane):
-        """The fragments of 8 outputs' weights, from where this warp's 32 lie."""
-        if nibbles:
-            pair = gpu.lds64(place + (j // 2) * 512 + lane * 16 + (j % 2) * 8)
-            if native:
-                b[0], b[1] = pair[0], pair[1]
-            else:
-                for step in range(2):
-                    b[step * 2] = gpu.u32((pair[step] << 4) & 0xF0F0F0F0)
-                    b[step * 2 + 1] = gpu.u32(pair[step] & 0xF0F0F0F0)
-        else:
-            four = gpu.lds128(place + (j * 8 + row) * 64 + member * 16)
-            for word in range(4):
-                b[word] = four[word]
-
-    @gpu.device
-    def multiply(place, sums, thread):
+    def find(places, thread):
+        """Where a lane's activations, weights, scales of tokens and of outputs lie in a stage."""
         lane, warp = thread & 31, thread >> 5
         row, member = lane >> 2, lane & 3
         token, output = (warp & 3) * 32, (warp >> 2) * 32
-        words, b = registers(16, gpu.u32), registers(4, gpu.u32)
-        load_tokens(place + token * (32 if native else 64), words, row, member)
-        by_token, minus = registers(4, gpu.f32), registers(4, gpu.f32)
-        for side in range(4):
-            word = gpu.lds32(place + scales_at + (token + row + side * 8) * 4)
-            by_token[side] = gpu.fmul(gpu.as_float(word), gpu.f32(shrink))
-            minus[side] = gpu.fmul(by_token[side], gpu.f32(less))
-        pairs = gpu.lds128(place + scales_at + 512 + (output + member * 8) * 2)
-        for j in range(4):
-            load_outputs(place + weights_at + output * (32 if nibbles else 64), b, j, row, member, lane)
-            low, high = gpu.as_float(gpu.u32(pairs[j] << 16)), gpu.as_float(gpu.u32(pairs[j] & 0xFFFF0000))
-            for tile in range(2):
-                c = product(words, tile, b)
-                at, side = tile * 16 + j * 4, tile * 2
-                if integers:
-                    add_integers(sums, at, c, gpu.s32(pairs[j] & 0xFFFF), gpu.s32(pairs[j] >> 16))
-                    continue
-                add(sums, at, c[0], by_token[side], minus[side], low)
-                add(sums, at + 1, c[1], by_token[side], minus[side], high)
-                add(sums, at + 2, c[2], by_token[side + 1], minus[side + 1], low)
-                add(sums, at + 3, c[3], by_token[side + 1], minus[side + 1], high)
+        places[0] = gpu.s32((token + row) * a_row + member * (a_row // 4))
+        places[1] = gpu.s32(weights_at + output * w_row + lane * 16)
+        places[2] = gpu.s32(scales_at + (token + member * 2) * 4)
+        places[3] = gpu.s32(scales_at + TILE_TOKENS * 4 + (output + row * 4) * 2)
 
-    return multiply
+    @gpu.device
+    def add(sums, at, sum, by_output, less, by_token):
+        value = gpu.fma(gpu.as_float(gpu.as_unsigned(sum)), by_output, less)
+        sums[at] = gpu.fma(value, by_token, sums[at])
+
+    @gpu.device
+    def add_integer(totals, at, sum, by_output):
+        totals[at] = gpu.s32(totals[at] + (sum >> shift) * by_output)
+
+    @gpu.device
+    def load_tokens(place, b):
+        """The activations' fragments, `b` (4 of 8 tokens, 4): 16 columns a token."""
+        for tile in range(4):
+            if native:
+                pair = gpu.lds64(place + tile * (8 * a_row))
+                b[tile * 4], b[tile * 4 + 1] = pair[0], pair[1]
+            else:
+                four = gpu.lds128(place + tile * (8 * a_row))
+                for word in range(4):
+                    b[tile * 4 + word] = four[word]
+
+    @gpu.device
+    def load_outputs(place, a, half):
+        """The fragments of 16 outputs' weights, `a` (2 products, 4), or one product's where it is native."""
+        if nibbles:
+            four = gpu.lds128(place + half * 512)
+            for word in range(4):
+                if native:
+                    a[word] = four[word]
+                else:
+                    at = word // 2 * 4 + word % 2
+                    a[at], a[at + 2] = gpu.u32((four[word] << 4) & 0xF0F0F0F0), gpu.u32(four[word] & 0xF0F0F0F0)
+        else:
+            for step in range(2):
+                four = gpu.lds128(place + half * 1024 + step * 512)
+                for word in range(4):
+                    a[step * 4 + word] = four[word]
+
+    @gpu.device
+    def product(a, b, at):
+        """The integer sums of 16 outputs and 8 tokens over the group, four a lane."""
+        s = gpu.s32(start)
+        if native:
+            return gpu.mma_s4(a[0], a[1], a[2], a[3], b[at], b[at + 1], s, s, s, s)
+        c = gpu.mma_s8(a[0], a[1], a[2], a[3], b[at], b[at + 1], s, s, s, s)
+        return gpu.mma_s8(a[4], a[5], a[6], a[7], b[at + 2], b[at + 3], c[0], c[1], c[2], c[3])
+
+    @gpu.device
+    def multiply(place, places, sums):
+        a, b, by_token = registers(8, gpu.u32), registers(16, gpu.u32), registers(8, gpu.f32)
+        load_tokens(place + places[0], b)
+        if not integers:
+            for tile in range(4):
+                pair = gpu.lds64(place + places[2] + tile * 32)
+                by_token[tile * 2], by_token[tile * 2 + 1] = gpu.as_float(pair[0]), gpu.as_float(pair[1])
+        of_outputs = gpu.lds64(place + places[3])
+        for half in range(2):
+            load_outputs(place + places[1], a, half)
+            two = of_outputs[half]
+            low, high = gpu.as_float(gpu.u32(two << 16)), gpu.as_float(gpu.u32(two & 0xFFFF0000))
+            low_less, high_less = gpu.fmul(low, gpu.f32(less)), gpu.fmul(high, gpu.f32(less))
+            low_integer, high_integer = gpu.s32(two & 0xFFFF), gpu.s32(two >> 16)
+            for tile in range(4):
+                c = product(a, b, tile * 4)
+                at = half * 16 + tile * 4
+                for token in range(2):
+                    if integers:
+                        add_integer(sums, at + token, c[token], low_integer)
+                        add_integer(sums, at + 2 + token, c[2 + token], high_integer)
+                    else:
+                        add(sums, at + token, c[token], low, low_less, by_token[tile * 2 + token])
+                        add(sums, at + 2 + token, c[2 + token], high, high_less, by_token[tile * 2 + token])
+
+    return find, multiply
 
 
 def _scale_rows(gpu: Any) -> Any:
-    """A function that scales integer sums over all columns: by token, then by output."""
+    """A function that scales integer sums over all columns: by output, then by token."""
 
     @gpu.device
     def scale_rows(totals, sums, a_scales, row_scales, token, output, thread):
         lane, warp = thread & 31, thread >> 5
-        row, column = token + (warp & 3) * 32 + (lane >> 2), output + (warp >> 2) * 32 + (lane & 3) * 8
-        pairs = gpu.ldg128(row_scales + gpu.u64(column * 2))
-        for side in range(4):
-            by_token = gpu.as_float(gpu.ldg32(a_scales + gpu.u64((row + side * 8) * 4)))
-            for j in range(4):
-                low, high = gpu.as_float(gpu.u32(pairs[j] << 16)), gpu.as_float(gpu.u32(pairs[j] & 0xFFFF0000))
-                at = (side // 2) * 16 + j * 4 + (side % 2) * 2
-                sums[at] = gpu.fmul(gpu.fmul(gpu.to_float(totals[at]), by_token), low)
-                sums[at + 1] = gpu.fmul(gpu.fmul(gpu.to_float(totals[at + 1]), by_token), high)
+        row, column = token + (warp & 3) * 32 + (lane & 3) * 2, output + (warp >> 2) * 32 + (lane >> 2) * 4
+        of_outputs = gpu.ldg64(row_scales + gpu.u64(column * 2))
+        for tile in range(4):
+            of_tokens = gpu.ldg64(a_scales + gpu.u64((row + tile * 8) * 4))
+            for half in range(2):
+                two = of_outputs[half]
+                low, high = gpu.as_float(gpu.u32(two << 16)), gpu.as_float(gpu.u32(two & 0xFFFF0000))
+                for place in range(4):
+                    at = half * 16 + tile * 4 + place
+                    scaled = gpu.fmul(gpu.to_float(totals[at]), high if place // 2 else low)
+                    sums[at] = gpu.fmul(scaled, gpu.as_float(of_tokens[place % 2]))
 
     return scale_rows
 
 
 def _store(gpu: Any, program: Matmul) -> Any:
-    """A function that adds the bias to a warp's sums and writes them: 8 neighbouring outputs of 4 tokens a lane."""
+    """A function that adds the bias to a warp's sums and writes them: 4 neighbouring outputs of 8 tokens a lane."""
     has_bias, aligned = program.bias, program.aligned
-    put = rows.aligned_store(gpu, program.output) if aligned else rows.single_stores(gpu, program.output)
+    put = rows.aligned_store(gpu, program.output, 4) if aligned else rows.single_stores(gpu, program.output, 4)
     registers = gpu.registers
 
     @gpu.device
     def store(sums, bias, y, thread, token, tokens, output, out):
         lane, warp = thread & 31, thread >> 5
-        row, column = token + (warp & 3) * 32 + (lane >> 2), output + (warp >> 2) * 32 + (lane & 3) * 8
-        added, values = registers(8, gpu.f32), registers(8, gpu.f32)
+        row, column = token + (warp & 3) * 32 + (lane & 3) * 2, output + (warp >> 2) * 32 + (lane >> 2) * 4
+        added, values = registers(4, gpu.f32), registers(4, gpu.f32)
         if has_bias:
-            for half in range(2):
-                four = gpu.ldg128(bias + gpu.u64((column + half * 4) * 4))
-                for place in range(4):
-                    added[half * 4 + place] = gpu.as_float(four[place])
-        for side in range(4):
-            for place in range(8):
-                value = sums[(side // 2) * 16 + (place // 2) * 4 + (side % 2) * 2 + place % 2]
+            four = gpu.ldg128(bias + gpu.u64(column * 4))
+            for place in range(4):
+                added[place] = gpu.as_float(four[place])
+        for side in range(8):
+            for place in range(4):
+                value = sums[place // 2 * 16 + side // 2 * 4 + place % 2 * 2 + side % 2]
                 values[place] = gpu.fadd(value, added[place]) if has_bias else value
-            put(y, row + side * 8, tokens, column, out, values)
+            put(y, row + side // 2 * 8 + side % 2, tokens, column, out, values)
 
     return store

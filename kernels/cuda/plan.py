@@ -20,6 +20,7 @@ from loraq.formats import IntegerFormat
 from loraq.integer_formats import TwoLevelIntegerFormat
 from loraq.layout import strategy_to_plain
 
+from .device import native_int4
 from .layouts import GROUP, padded
 
 if TYPE_CHECKING:
@@ -135,6 +136,10 @@ class Plan:
     def for_hopper(self, architecture: str) -> bool:
         """Whether Hopper's own product takes the layer: with integer sums always, else where "90a" asks for it."""
         return self.weight_bits == 4 and (architecture == "90a" or (self.integers and architecture == "90"))
+
+    def native(self, architecture: str) -> bool:
+        """Whether the main product runs on 4-bit integers on both sides."""
+        return self.weight_bits == 4 and self.top <= 7 and native_int4(architecture)
 
     @classmethod
     def of(cls, layout: Layout) -> Plan:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Weight:
     """A matrix's codes in the kernels' order, and its scales as bfloat16 bits.
 
-    Where sums stay integers, `scales` are integers, too, and `row_scales` (padded out,) are bfloat16 bits.
+    Scales are a sixteenth where the kernels' codes count 16 times, in the upper half of a byte. Where sums stay
+    integers, `scales` are integers, too, and `row_scales` (padded out,) are bfloat16 bits.
     """
 
     codes: Tensor
@@ -65,9 +66,9 @@ class Prepared:
             plan=plan,
             main=_integer_weight(layout, tensors, natural)
             if plan.integers
-            else _weight(layout, "main", tensors, natural),
+            else _weight(layout, "main", tensors, natural, shifted=not plan.native(architecture)),
             down=_weight(layout, "down", tensors) if plan.rank else None,
-            up=_weight(layout, "up", tensors) if plan.rank else None,
+            up=_weight(layout, "up", tensors, natural) if plan.rank else None,
             factors=_factors(layout, plan, tensors),
         )
 
@@ -96,17 +97,23 @@ class Prepared:
         return padded
 
 
-def _weight(layout: Layout, matrix: str, tensors: Mapping[str, Tensor], natural: bool = False) -> Weight:
+def _weight(
+    layout: Layout, matrix: str, tensors: Mapping[str, Tensor], natural: bool = False, shifted: bool = False
+) -> Weight:
     coded = layout.coded(matrix, tensors)
     codes, scales, group = coded.format.integer_view(coded)
+    nibbles = matrix == "main" and coded.format.bits <= 4
+    if nibbles and shifted:
+        scales = scales / 16  # exact above 2^-122
     scales = layouts.group_scales(scales, group, codes.shape[1], ROWS)
     if matrix == "down":
         return Weight(layouts.byte_rows(codes, ROWS), scales)
     # The branch's `up` is small: its codes take bytes whatever they are.
-    if matrix == "main" and coded.format.bits <= 4:
+    if nibbles:
         ordered = layouts.natural_nibbles if natural else layouts.output_nibbles
         return Weight(ordered(codes, ROWS), scales)
-    return Weight(layouts.output_bytes(codes, ROWS), scales)
+    as_bytes = layouts.natural_bytes if natural else layouts.output_bytes
+    return Weight(as_bytes(codes, ROWS), scales)
 
 
 def _integer_weight(layout: Layout, tensors: Mapping[str, Tensor], natural: bool) -> Weight:

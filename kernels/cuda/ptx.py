@@ -114,6 +114,7 @@ def _many(value: int) -> Any:
 
 zeros, magic_zeros = _many(0), _many(MAGIC)
 u32, u64, s32, f32 = types.uint32, types.uint64, types.int32, types.float32
+number = types.int32
 registers = cuda.local.array
 cudadecl.register_global(
     registers, types.Function(cudadecl.Cuda_local_array)

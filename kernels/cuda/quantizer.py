@@ -7,15 +7,16 @@ its lanes 16 neighbouring columns of a group for two tokens, which is what a ten
     limit = max |x̃| of the group (or of the token), scale = bfloat16(limit / top), code = x̃ / scale to nearest
 
 The product with `down` uses the codes while they are in registers. Its float sums must be added in the order of the
-groups, but the warps meet the groups in another: so each scaled sum goes to shared memory, and after every 8 groups
-each thread adds up, in order, its 8 places of the thin rows (`rank_groups` x 64 columns) that it keeps in registers.
+groups, but the warps meet the groups in another: so each sum goes to shared memory, times the weight's scale and with
+the token's beside it, and after every 8 groups each thread multiplies and adds up, in order, its 8 places of the thin
+rows (`rank_groups` x 64 columns) that it keeps in registers.
 
 With `whole` or `branch_whole` the scale is the token's: a first pass over x finds the limits.
 Rounding is loraq/formats.py's (IntegerFormat.encode), the rotation strategies/pre_transform/hadamard.py's, bit for bit.
 Arguments: x, factors (padded columns,) float32, codes and scales out (matmul.py says how they lie), `down` (groups,
 rank_groups · 64, 64) int8 and its scales (groups, rank_groups · 64) bfloat16, thin codes and scales out; with `split`
-terms (groups, padded tokens, rank_groups · 64) float32 out instead of thin codes, which thin.py adds up. Last of the
-numbers is `columns`, rank_groups · 64.
+terms (groups, padded tokens, rank_groups · 64) float32 and their scales (groups, padded tokens) out instead of thin
+codes and scales, which thin.py adds up. Last of the numbers is `columns`, rank_groups · 64.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -58,7 +59,7 @@ class Quantizer(AbstractProgram):
     branch_whole: bool
     thin_whole: bool
     split: bool = False
-    """Whether a block takes 8 groups alone, block_y which, and leaves the scaled sums in memory: for few tokens."""
+    """Whether a block takes 8 groups alone, block_y which, and leaves the sums in memory: for few tokens."""
 
     @property
     def operands(self) -> str:
@@ -99,6 +100,7 @@ def _make(gpu: Any, program: Quantizer) -> Callable[..., None]:
     split = program.split
     multiply = _multiply(gpu, rank_groups * 64 if split else stride, split)
     add_up, finish = _add_up(gpu, program), _finish(gpu, program)
+    keep_steps = _keep_steps(gpu, stride, split)
     largest, token_limits = _largest(gpu), _token_limits(gpu)
     thin_count, kept, registers = rank_groups * 8, max(1, rank_groups * 8), gpu.registers
 
@@ -159,10 +161,11 @@ def _make(gpu: Any, program: Quantizer) -> Callable[..., None]:
                 else:
                     place = memory + slot * (16 * stride * 4)
                     beyond = place + 16 * stride * 4
+                keep_steps(place, thin_scales, step, group, groups, first_token, padded_tokens, row, member)
                 here = gpu.u32(group < groups)
-                multiply(down, down_scales, group, columns, codes_of, step, 0, place, row, member, here)
+                multiply(down, down_scales, group, columns, codes_of, 0, place, row, member, here)
                 here = gpu.u32(group + 1 < groups)
-                multiply(down, down_scales, group + 1, columns, codes_of, step, 1, beyond, row, member, here)
+                multiply(down, down_scales, group + 1, columns, codes_of, 1, beyond, row, member, here)
                 if not split:
                     gpu.barrier()
                     add_up(memory, sums, min(8, groups - base), thread)
@@ -277,14 +280,14 @@ def _put(gpu: Any, native: bool) -> Any:
 
 
 def _multiply(gpu: Any, stride: int, split: bool) -> Any:
-    """A function that multiplies a group's codes with `down` and leaves the scaled sums at `place`.
+    """A function that multiplies a group's codes with `down` and leaves the sums, times its scales, at `place`.
 
     That is in shared memory, or in global memory with `split`; `stride` floats lie between a token's and the next's.
     """
 
     @gpu.device
-    def scaled(sum, by_token, by_column):
-        return gpu.bits(gpu.fmul(gpu.fmul(gpu.to_float(sum), by_token), by_column))
+    def scaled(sum, by_column):
+        return gpu.bits(gpu.fmul(gpu.to_float(sum), by_column))
 
     @gpu.device
     def keep_global(place, at, first, second, here):
@@ -297,7 +300,7 @@ def _multiply(gpu: Any, stride: int, split: bool) -> Any:
     keep = keep_global if split else keep_shared
 
     @gpu.device
-    def tile(down, down_scales, line, column, words, step, half, place, row, member, here):
+    def tile(down, down_scales, line, column, words, half, place, row, member, here):
         """Eight thin columns."""
         one, two = half * 4, 8 + half * 4
         b = gpu.ldg128_if(down + gpu.u64((line + row) * 64 + member * 16), here)
@@ -309,20 +312,37 @@ def _multiply(gpu: Any, stride: int, split: bool) -> Any:
         low, high = gpu.as_float(gpu.u32(pair << 16)), gpu.as_float(gpu.u32(pair & 0xFFFF0000))
         for side in range(2):
             at = ((row + side * 8) * stride + column + member * 2) * 4
-            first = scaled(c[side * 2], step[side * 2 + half], low)
-            second = scaled(c[side * 2 + 1], step[side * 2 + half], high)
-            keep(place, at, first, second, here)
+            keep(place, at, scaled(c[side * 2], low), scaled(c[side * 2 + 1], high), here)
 
     @gpu.device
-    def multiply(down, down_scales, group, columns, words, step, half, place, row, member, here):
+    def multiply(down, down_scales, group, columns, words, half, place, row, member, here):
         # `columns` is an argument so that the compiler does not unroll this loop, read everything first and spill.
         for first in range(0, columns, 32):
             for place_in in range(4):
                 column = first + place_in * 8
                 line = group * columns + column
-                tile(down, down_scales, line, column, words, step, half, place, row, member, here)
+                tile(down, down_scales, line, column, words, half, place, row, member, here)
 
     return multiply
+
+
+def _keep_steps(gpu: Any, stride: int, split: bool) -> Any:
+    """A function that leaves the scales of two groups' 16 tokens: behind the thin rows, or in memory with `split`."""
+
+    @gpu.device
+    def keep_steps(place, steps, step, group, groups, first_token, padded_tokens, row, member):
+        for side in range(2):
+            for half in range(2):
+                scale, token = gpu.bits(step[side * 2 + half]), row + side * 8
+                if split:
+                    here = gpu.u32((member == 0) & (group + half < groups))
+                    line = (group + half) * padded_tokens + first_token
+                    gpu.stg32_if(steps + gpu.u64((line + token) * 4), scale, here)
+                else:
+                    at = place + ((half * 16 + token) * stride + stride - 8) * 4
+                    gpu.sts32_if(at, scale, gpu.u32(member == 0))
+
+    return keep_steps
 
 
 def _add_up(gpu: Any, program: Quantizer) -> Any:
@@ -333,12 +353,13 @@ def _add_up(gpu: Any, program: Quantizer) -> Any:
     def add_up(memory, sums, count, thread):
         token, piece = thread >> 3, thread & 7
         for group in range(count):
-            start = memory + ((group * 16 + token) * stride + piece * 4) * 4
+            line = memory + (group * 16 + token) * stride * 4
+            start, scale = line + piece * 16, gpu.as_float(gpu.lds32(line + (stride - 8) * 4))
             for part in range(rank_groups * 2):
                 four = gpu.lds128(start + part * 128)
                 for place in range(4):
                     at = part * 4 + place
-                    sums[at] = gpu.fadd(sums[at], gpu.as_float(four[place]))
+                    sums[at] = gpu.fma(gpu.as_float(four[place]), scale, sums[at])
 
     return add_up
 

@@ -1,4 +1,4 @@
-"""Rows of floating point numbers in global memory: runs of 8 or 16 neighbours a thread, in any of torch's three types.
+"""Rows of floating point numbers in global memory: runs of 4 to 16 neighbours a thread, in any of torch's three types.
 
 Rows whose length is a multiple of 8 are read and written 16 bytes at a time; others, which are not aligned, one number
 at a time.
@@ -14,8 +14,8 @@ from typing import Any, Literal
 Kind = Literal["float32", "bfloat16", "float16"]
 
 
-def aligned_store(gpu: Any, kind: Kind) -> Any:
-    """`put(y, row, rows, column, columns, values)`: 8 values to a row, where the row and the columns exist."""
+def aligned_store(gpu: Any, kind: Kind, count: Literal[4, 8] = 8) -> Any:
+    """`put(y, row, rows, column, columns, values)`: `count` values to a row, where the row and the columns exist."""
     wide, pack = kind == "float32", gpu.pack_float16 if kind == "float16" else gpu.pack_bfloat16
 
     @gpu.device
@@ -23,7 +23,7 @@ def aligned_store(gpu: Any, kind: Kind) -> Any:
         here = gpu.u32((row < rows) & (column < columns))
         if wide:
             at = y + gpu.u64((row * columns + column) * 4)
-            for half in range(0, 8, 4):
+            for half in range(0, count, 4):
                 gpu.stg128_if(
                     at + gpu.u64(half * 4),
                     gpu.bits(values[half]),
@@ -32,6 +32,9 @@ def aligned_store(gpu: Any, kind: Kind) -> Any:
                     gpu.bits(values[half + 3]),
                     here,
                 )
+        elif count == 4:
+            first, second = pack(values[0], values[1]), pack(values[2], values[3])
+            gpu.stg64_if(y + gpu.u64((row * columns + column) * 2), first, second, here)
         else:
             gpu.stg128_if(
                 y + gpu.u64((row * columns + column) * 2),
@@ -61,13 +64,13 @@ def single_store(gpu: Any, kind: Kind) -> Any:
     return put
 
 
-def single_stores(gpu: Any, kind: Kind) -> Any:
+def single_stores(gpu: Any, kind: Kind, count: int = 8) -> Any:
     """As `aligned_store`, for rows of any length."""
     put_one = single_store(gpu, kind)
 
     @gpu.device
     def put(y, row, rows, column, columns, values):
-        for place in range(8):
+        for place in range(count):
             put_one(y, row, rows, column + place, columns, values[place])
 
     return put

@@ -13,7 +13,7 @@ import attrs
 import torch
 
 from . import hopper, skinny
-from .device import AbstractDevice, native_int4
+from .device import AbstractDevice
 from .hopper import Hopper
 from .layouts import padded
 from .matmul import TILE_OUTPUTS, TILE_TOKENS, Matmul
@@ -40,11 +40,6 @@ SPLIT_TOKENS = 512
 """Up to so many tokens, blocks of 16 tokens alone would leave most of a large GPU idle."""
 _ALIGNED = 8
 """Rows of a multiple of so many numbers are read and written 16 bytes at a time."""
-
-
-def is_native(plan: Plan, architecture: str) -> bool:
-    """Whether the main product runs on 4-bit integers on both sides."""
-    return plan.weight_bits == 4 and plan.top <= 7 and native_int4(architecture)
 
 
 @attrs.frozen
@@ -82,7 +77,7 @@ class Programs:
         cls, plan: Plan, way: Way, input: torch.dtype, output: torch.dtype, bias: bool, architecture: str
     ) -> Programs:
         """The programs of a layer for inputs and outputs of these types."""
-        native, aligned = is_native(plan, architecture), plan.out % _ALIGNED == 0
+        native, aligned = plan.native(architecture), plan.out % _ALIGNED == 0
         quantizer = Quantizer(
             input=KINDS[input],
             aligned=plan.inn % _ALIGNED == 0,
@@ -107,7 +102,7 @@ class Programs:
         product = Matmul(
             weight_bits=plan.weight_bits,
             native=native,
-            branch=0 if plan.rank_groups == 0 else 1 if plan.rank_groups == 1 else 2,
+            branch=plan.rank > 0,
             bias=bias,
             output=KINDS[output],
             aligned=aligned,
@@ -136,19 +131,21 @@ class Runner:
         self, prepared: Prepared, way: Way, device: AbstractDevice, input: torch.dtype, output: torch.dtype, bias: bool
     ) -> None:
         plan, empty = prepared.plan, 0
-        native = is_native(plan, device.architecture)
+        native = plan.native(device.architecture)
         programs = Programs.of(plan, way, input, output, bias, device.architecture)
         self._way, self._device, self._output, self._out = way, device, output, plan.out
-        # One piece of scratch memory, in bytes a row: codes, thin codes, scales, thin scales, terms of the thin rows.
+        # One piece of scratch memory, in bytes a row: codes, thin codes, scales, thin scales; with `thin` the terms of
+        # the thin rows and their scales.
         groups, rank_groups = plan.groups, plan.rank_groups
         thin_at = groups * (32 if native else 64)
         scales_at = thin_at + rank_groups * 64
         thin_scales_at = scales_at + groups * 4
         terms_at = thin_scales_at + rank_groups * 4
-        self._row_bytes = terms_at if programs.thin is None else terms_at + groups * rank_groups * 256
-        thin_parts = ((6, thin_at), (7, thin_scales_at)) if programs.thin is None else ((6, terms_at),)
+        steps_at = terms_at + groups * rank_groups * 256
+        self._row_bytes = terms_at if programs.thin is None else steps_at + groups * 4
+        thin_parts = ((6, thin_at), (7, thin_scales_at)) if programs.thin is None else ((6, terms_at), (7, steps_at))
         self._quantizer_parts = ((2, 0), (3, scales_at), *thin_parts)
-        self._thin_parts = ((0, terms_at), (1, thin_at), (2, thin_scales_at))
+        self._thin_parts = ((0, terms_at), (1, steps_at), (2, thin_at), (3, thin_scales_at))
         self._product_parts = ((0, 0), (1, scales_at), (4, thin_at), (5, thin_scales_at))
         self._parts_of_columns = -(-groups // GROUPS_AT_ONCE) if way.split else 1
         of_outputs = {Skinny: skinny.OUTPUTS, Matmul: TILE_OUTPUTS, Hopper: hopper.TILE_OUTPUTS}[type(programs.product)]
@@ -163,7 +160,7 @@ class Runner:
         )
         self._thin = None
         if programs.thin is not None:
-            self._thin = device.launch(programs.thin, [empty, empty, empty, 0, plan.groups])
+            self._thin = device.launch(programs.thin, [empty, empty, empty, empty, 0, plan.groups])
         given = [empty, empty, main.codes, main.scales, empty, empty, up_codes, up_scales, empty, empty]
         sizes = [0, 0, plan.out, plan.padded_out, plan.groups, plan.rank_groups]
         if not way.skinny:
@@ -185,7 +182,7 @@ class Runner:
         quantizer.start(rows // TOKENS, self._parts_of_columns)
         if thin is not None:
             thin.set_parts(self._thin_parts, scratch, rows)
-            thin.set(3, rows)
+            thin.set(4, rows)
             thin.start(rows // THIN_TOKENS, 1)
         product.set_parts(self._product_parts, scratch, rows)
         if bias is not None:

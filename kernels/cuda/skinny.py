@@ -2,11 +2,11 @@
 
 A block of 8 warps makes 16 outputs of all tokens. Each warp takes two groups of 64 columns a round, reading weights and
 codes straight into registers, the next round's before it computes this one's. Float sums must be added in the order of
-the groups, which are spread over the warps: so scaled sums go to shared memory, and after each round every thread adds
-up 16 groups, in order, for its one output of one token. Two halves of the memory take turns: one barrier a round. The
-branch is a round more, whose sum is kept apart.
+the groups, which are spread over the warps: so sums times the weights' scales go to shared memory, the tokens' scales
+beside them, and after each round every thread multiplies and adds up 16 groups, in order, for its one output of one
+token. Two halves of the memory take turns: one barrier a round. The branch is a round more.
 
-Layouts and arguments are those of matmul.py, with 16 rows of activations. Outputs of a block: 4 of every 8 among 32.
+Layouts and arguments are those of matmul.py, with 16 rows of activations. Outputs of a block: 2 of every 4 among 32.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -67,9 +67,11 @@ def _make(gpu: Any, program: Skinny) -> Callable[..., None]:
     stride, round_bytes = _STRIDE, _ROUND
 
     @gpu.device
-    def term(memory, thread, slot):
-        """A group's scaled sum for this thread's output."""
-        return gpu.as_float(gpu.lds32(memory + ((slot * 16 + (thread >> 4)) * stride + (thread & 15)) * 4))
+    def with_term(total, memory, thread, slot):
+        """`total` and a group's scaled sum for this thread's output."""
+        line = memory + (slot * 16 + (thread >> 4)) * (stride * 4)
+        term, scale = gpu.lds32(line + (thread & 15) * 4), gpu.lds32(line + (stride - 4) * 4)
+        return gpu.fma(gpu.as_float(term), gpu.as_float(scale), total)
 
     def kernel(
         a,
@@ -105,12 +107,11 @@ def _make(gpu: Any, program: Skinny) -> Callable[..., None]:
                 multiply_main(a, a_scales, w_scales, base + slot, groups, block, padded_out, lane, b, half * 8, place)
             gpu.barrier()
             for slot in range(min(16, groups - base)):
-                total = gpu.fadd(total, term(memory + turn * round_bytes, thread, slot))
+                total = with_term(total, memory + turn * round_bytes, thread, slot)
             for place in range(16):
                 b[place] = following[place]
             turn = 1 - turn
         if branch:
-            apart = gpu.f32(0)
             for half in range(2):
                 read_branch(up, warp * 2 + half, branch_groups, block, padded_out, lane, b, half * 8)
                 slot = warp * 2 + half
@@ -120,10 +121,9 @@ def _make(gpu: Any, program: Skinny) -> Callable[..., None]:
                 )
             gpu.barrier()
             for slot in range(branch_groups):
-                apart = gpu.fadd(apart, term(memory + turn * round_bytes, thread, slot))
-            total = gpu.fadd(total, apart)
+                total = with_term(total, memory + turn * round_bytes, thread, slot)
         place = thread & 15
-        output = (block >> 1) * 32 + (block & 1) * 4 + (place >> 2) * 8 + (place & 3)
+        output = (block >> 1) * 32 + (place >> 1) * 4 + (block & 1) * 2 + (place & 1)
         if has_bias:
             total = gpu.fadd(total, gpu.as_float(gpu.ldg32(bias + gpu.u64(output * 4))))
         put(y, thread >> 4, tokens, output, out, total)
@@ -132,28 +132,22 @@ def _make(gpu: Any, program: Skinny) -> Callable[..., None]:
 
 
 def _group(gpu: Any, weight_bits: int, native: bool) -> tuple[Any, Any]:
-    """Functions that read a group's weights of 16 outputs, and that multiply them and leave scaled sums at `place`."""
+    """Functions that read a group's weights of 16 outputs, and that multiply them and leave the sums at `place`."""
     nibbles = weight_bits == 4
-    shrink = 1.0 / 16 if nibbles and not native else 1.0
     stride, registers = _STRIDE, gpu.registers
 
     @gpu.device
     def read(w, group, groups, block, padded_out, lane, b, at):
         here = gpu.u32(group < groups)
-        if nibbles:
-            four = gpu.ldg128_if(w + gpu.u64((group * padded_out + block * 16) * 32 + lane * 16), here)
+        for part in range(1 if nibbles else 2):
+            place = (group * padded_out + block * 16) * (32 if nibbles else 64) + part * 512 + lane * 16
+            four = gpu.ldg128_if(w + gpu.u64(place), here)
             for word in range(4):
-                b[at + word] = four[word]
-        else:
-            for tile in range(2):
-                line = group * padded_out + block * 16 + tile * 8 + (lane >> 2)
-                four = gpu.ldg128_if(w + gpu.u64(line * 64 + (lane & 3) * 16), here)
-                for word in range(4):
-                    b[at + tile * 4 + word] = four[word]
+                b[at + part * 4 + word] = four[word]
 
     @gpu.device
     def read_tokens(a, group, lane, words, here):
-        """Two rows' 16 columns: four words a row, or two with two codes a byte."""
+        """16 columns of a token of either half: four words, or two with two codes a byte."""
         for side in range(2):
             row = group * 16 + (lane >> 2) + side * 8
             if native:
@@ -165,24 +159,29 @@ def _group(gpu: Any, weight_bits: int, native: bool) -> tuple[Any, Any]:
                     words[side * 4 + word] = four[word]
 
     @gpu.device
-    def product(words, b, at, tile):
-        """The integer sums of 16 tokens and a tile's 8 outputs."""
-        if native:
-            one, two = b[at + tile * 2], b[at + tile * 2 + 1]
-            return gpu.mma_s4(words[0], words[4], words[1], words[5], one, two, 0, 0, 0, 0)
-        if nibbles:
-            one, two = b[at + tile * 2], b[at + tile * 2 + 1]
-            low, high = gpu.u32((one << 4) & 0xF0F0F0F0), gpu.u32(one & 0xF0F0F0F0)
-            c = gpu.mma_s8(words[0], words[4], words[1], words[5], low, high, 0, 0, 0, 0)
-            low, high = gpu.u32((two << 4) & 0xF0F0F0F0), gpu.u32(two & 0xF0F0F0F0)
-            return gpu.mma_s8(words[2], words[6], words[3], words[7], low, high, c[0], c[1], c[2], c[3])
-        place = at + tile * 4
-        c = gpu.mma_s8(words[0], words[4], words[1], words[5], b[place], b[place + 1], 0, 0, 0, 0)
-        return gpu.mma_s8(words[2], words[6], words[3], words[7], b[place + 2], b[place + 3], c[0], c[1], c[2], c[3])
+    def shifted(w, at, step, x, y, c):
+        """A product of 32 columns by codes that lie two in a byte, on top of the sums `c`."""
+        one, two = w[at + step * 2], w[at + step * 2 + 1]
+        a0, a1 = gpu.u32((one << 4) & 0xF0F0F0F0), gpu.u32((two << 4) & 0xF0F0F0F0)
+        a2, a3 = gpu.u32(one & 0xF0F0F0F0), gpu.u32(two & 0xF0F0F0F0)
+        return gpu.mma_s8(a0, a1, a2, a3, x, y, c[0], c[1], c[2], c[3])
 
     @gpu.device
-    def scaled(sum, by_token, by_output):
-        return gpu.bits(gpu.fmul(gpu.fmul(gpu.to_float(sum), by_token), by_output))
+    def product(words, w, at, side):
+        """The integer sums of 16 outputs and 8 tokens."""
+        zeros, x = (gpu.s32(0), gpu.s32(0), gpu.s32(0), gpu.s32(0)), side * 4
+        if native:
+            return gpu.mma_s4(w[at], w[at + 1], w[at + 2], w[at + 3], words[x], words[x + 1], 0, 0, 0, 0)
+        if nibbles:
+            c = shifted(w, at, 0, words[x], words[x + 1], zeros)
+            return shifted(w, at, 1, words[x + 2], words[x + 3], c)
+        c = gpu.mma_s8(w[at], w[at + 1], w[at + 2], w[at + 3], words[x], words[x + 1], 0, 0, 0, 0)
+        last = w[at + 4], w[at + 5], w[at + 6], w[at + 7]
+        return gpu.mma_s8(*last, words[x + 2], words[x + 3], c[0], c[1], c[2], c[3])
+
+    @gpu.device
+    def scaled(sum, by_output):
+        return gpu.bits(gpu.fmul(gpu.to_float(sum), by_output))
 
     @gpu.device
     def multiply(a, a_scales, w_scales, group, groups, block, padded_out, lane, b, at, place):
@@ -190,18 +189,15 @@ def _group(gpu: Any, weight_bits: int, native: bool) -> tuple[Any, Any]:
         row, member = lane >> 2, lane & 3
         words = registers(8, gpu.u32)
         read_tokens(a, group, lane, words, here)
-        output = (block >> 1) * 32 + (block & 1) * 4 + member * 8
-        pairs = gpu.ldg64_if(w_scales + gpu.u64((group * padded_out + output) * 2), here)
-        by_token = registers(2, gpu.f32)
+        output = (block >> 1) * 32 + row * 4 + (block & 1) * 2
+        pair = gpu.ldg32_if(w_scales + gpu.u64((group * padded_out + output) * 2), here)
+        low, high = gpu.as_float(gpu.u32(pair << 16)), gpu.as_float(gpu.u32(pair & 0xFFFF0000))
+        by_token = gpu.ldg32_if(a_scales + gpu.u64((group * 16 + (lane & 15)) * 4), here)
+        gpu.sts32_if(place + ((lane & 15) * stride + stride - 4) * 4, by_token, gpu.u32(lane < 16))
         for side in range(2):
-            word = gpu.ldg32_if(a_scales + gpu.u64((group * 16 + row + side * 8) * 4), here)
-            by_token[side] = gpu.fmul(gpu.as_float(word), gpu.f32(shrink))
-        for tile in range(2):
-            c = product(words, b, at, tile)
-            low, high = gpu.as_float(gpu.u32(pairs[tile] << 16)), gpu.as_float(gpu.u32(pairs[tile] & 0xFFFF0000))
-            for side in range(2):
-                target = place + ((row + side * 8) * stride + member * 4 + tile * 2) * 4
-                first = scaled(c[side * 2], by_token[side], low)
-                gpu.sts64(target, first, scaled(c[side * 2 + 1], by_token[side], high))
+            c = product(words, b, at, side)
+            for token in range(2):
+                target = place + ((side * 8 + member * 2 + token) * stride + row * 2) * 4
+                gpu.sts64(target, scaled(c[token], low), scaled(c[2 + token], high))
 
     return read, multiply

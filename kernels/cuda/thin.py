@@ -1,8 +1,9 @@
-"""The thin rows of few tokens: the quantizer's scaled sums added up in the order of the groups, and rounded.
+"""The thin rows of few tokens: the quantizer's sums added up in the order of the groups, and rounded.
 
 With few tokens the quantizer's blocks take 8 groups each, so that there are enough of them, and leave
-terms (groups, padded tokens, rank_groups · 64) float32. Here a warp takes a token, each lane two neighbouring columns
-of every 64; 8 groups are read ahead of their additions. Codes and scales come out as the quantizer would write them.
+terms (groups, padded tokens, rank_groups · 64) float32 and their scales `steps` (groups, padded tokens). Here a warp
+takes a token, each lane two neighbouring columns of every 64; 8 groups are read ahead of their additions. Codes and
+scales come out as the quantizer would write them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -33,7 +34,7 @@ class Thin(AbstractProgram):
 
     @property
     def operands(self) -> str:
-        return "UUUss"
+        return "UUUUss"
 
     @property
     def threads(self) -> int:
@@ -65,23 +66,23 @@ def _make(gpu: Any, program: Thin) -> Callable[..., None]:
         found = gpu.fmax(found, gpu.as_float(gpu.lane_xor_8(gpu.bits(found))))
         return gpu.fmax(found, gpu.as_float(gpu.lane_xor_16(gpu.bits(found))))
 
-    def kernel(terms, thin, thin_scales, padded_tokens, groups):
+    def kernel(terms, steps, thin, thin_scales, padded_tokens, groups):
         thread = gpu.thread()
         lane, token = thread & 31, gpu.block_x() * 4 + (thread >> 5)
-        sums, ahead = registers(kept, gpu.f32), registers(read, gpu.u32)
+        sums, ahead, scales = registers(kept, gpu.f32), registers(read, gpu.u32), registers(8, gpu.f32)
         for place in range(kept):
             sums[place] = gpu.f32(0)
         for base in range(0, groups, 8):
             for group in range(8):
-                line = ((base + group) * padded_tokens + token) * rank_groups
+                line, here = (base + group) * padded_tokens + token, gpu.u32(base + group < groups)
+                scales[group] = gpu.as_float(gpu.ldg32_if(steps + gpu.u64(line * 4), here))
                 for part in range(rank_groups):
-                    at = terms + gpu.u64((line + part) * 256 + lane * 8)
-                    pair = gpu.ldg64_if(at, gpu.u32(base + group < groups))
+                    pair = gpu.ldg64_if(terms + gpu.u64((line * rank_groups + part) * 256 + lane * 8), here)
                     ahead[(group * rank_groups + part) * 2] = pair[0]
                     ahead[(group * rank_groups + part) * 2 + 1] = pair[1]
             for group in range(8):
                 for place in range(kept):
-                    sums[place] = gpu.fadd(sums[place], gpu.as_float(ahead[group * kept + place]))
+                    sums[place] = gpu.fma(gpu.as_float(ahead[group * kept + place]), scales[group], sums[place])
         limits, values, words = registers(rank_groups, gpu.f32), registers(4, gpu.f32), registers(1, gpu.u32)
         for part in range(rank_groups):
             limits[part] = largest(sums, part)

@@ -28,7 +28,7 @@ REGISTERS = 65536
 
 
 def matmul(**changes: object) -> Matmul:
-    plain: dict[str, object] = {"weight_bits": 4, "native": False, "branch": 1, "bias": True, "output": "bfloat16"}
+    plain: dict[str, object] = {"weight_bits": 4, "native": False, "branch": True, "bias": True, "output": "bfloat16"}
     return Matmul(**(plain | {"aligned": True} | changes))  # type: ignore[arg-type]
 
 
@@ -41,9 +41,9 @@ def quantizer(**changes: object) -> Quantizer:
 COMMON: list[AbstractProgram] = [
     matmul(),
     matmul(stages=3),
-    matmul(branch=2),
-    matmul(weight_bits=8, branch=0, bias=False, output="float32", aligned=False),
-    matmul(integers=True, branch=2),
+    matmul(branch=True),
+    matmul(weight_bits=8, branch=False, bias=False, output="float32", aligned=False),
+    matmul(integers=True, branch=True),
     quantizer(),
     quantizer(top=127, rank_groups=1, branch_top=127, factors="divide"),
     quantizer(rank_groups=2, input="float32", aligned=False, whole=True, thin_whole=True),
@@ -56,7 +56,7 @@ COMMON: list[AbstractProgram] = [
     Plain(16, 16),
 ]
 NATIVE: list[AbstractProgram] = [
-    matmul(native=True, branch=2),
+    matmul(native=True, branch=True),
     matmul(native=True, integers=True),
     quantizer(native=True),
     Skinny(weight_bits=4, native=True, branch=True, bias=True, output="bfloat16"),
@@ -119,8 +119,8 @@ def _disassembler() -> str | None:
 @pytest.mark.parametrize(
     ("program", "architecture", "wanted"),
     [
-        (matmul(branch=2), "90", ("IMMA.16832.S8.S8", 32)),
-        (matmul(native=True, branch=2), "86", ("IMMA.16864.S4.S4", 8)),
+        (matmul(branch=True), "90", ("IMMA.16832.S8.S8", 32)),
+        (matmul(native=True, branch=True), "86", ("IMMA.16864.S4.S4", 8)),
         (HOPPER[0], "90a", ("IGMMA.64x128x32.S8.S8", 2)),
         (Skinny(weight_bits=4, native=True, branch=False, bias=True, output="bfloat16"), "80", ("IMMA.16864.S4.S4", 4)),
     ],
