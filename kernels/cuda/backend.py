@@ -28,7 +28,7 @@ import torch
 from loraq import ops
 from loraq.contracts import AbstractKernel
 
-from . import cache, driver, fallback, plan, runner, skinny
+from . import cache, driver, fallback, plan, runner
 from .device import AbstractDevice
 from .prepared import Prepared
 from .runner import KINDS
@@ -210,7 +210,7 @@ def _run(ready: Prepared, device: AbstractDevice, input: Tensor, output: torch.d
     """The kernels' output in dtype `output`, by this thread's launches: their arguments are written at every call."""
     tokens = input.shape[0]
     # Kept with the layer, for as long as it lives. The sizes of a call decide its way.
-    size = 0 if tokens <= skinny.TOKENS else 1 if tokens <= runner.SPLIT_TOKENS else 2
+    size = runner.Size.of(ready.plan, tokens)
     key = (size, input.dtype, output, bias is None, id(device))
     thread = _thread()
     runners = ready.runners.get(thread)
@@ -218,7 +218,7 @@ def _run(ready: Prepared, device: AbstractDevice, input: Tensor, output: torch.d
         runners = ready.runners[thread] = {}
     found = runners.get(key)
     if found is None:
-        way = runner.Way.of(ready.plan, tokens, device.architecture)
+        way = runner.Way.of(ready.plan, size, device.architecture)
         found = runners[key] = runner.Runner(ready, way, device, input.dtype, output, bias is not None)
     return found(input, bias)
 

@@ -2,10 +2,10 @@
 
     y[t, o] = Σ_g a_scales[g, t] · (w_scales[g, o] · Σ_k a[g, t, k] · w[g, o, k])  +  the same of the branch  +  bias[o]
 
-A block of 8 warps makes 128 tokens x 64 outputs, each warp 32 x 32. Codes and scales stream through a ring of shared
-memory, 64 columns a stage, by asynchronous copies. Each stage is one group: its integer sums are exact, and are then
-scaled and added to float32 sums group by group, as loraq/ops.py says. The branch's `up` is `branch_groups` more stages
-of the same ring, with 8-bit codes on both sides.
+A block of 8 warps makes 128 tokens x 64 outputs, each warp 32 x 32, or one of 4 wide warps 64 x 32 each. Codes and
+scales stream through a ring of shared memory, 64 columns a stage, by asynchronous copies. Each stage is one group: its
+integer sums are exact, and are then scaled and added to float32 sums group by group, as loraq/ops.py says. The branch's
+`up` is `branch_groups` more stages of the same ring, with 8-bit codes on both sides.
 
 Outputs are the rows of the tensor core's product and tokens its columns. How codes lie, so that each lane loads 16
 bytes of shared memory at a time, without bank conflicts, into the very registers that an instruction takes:
@@ -47,6 +47,8 @@ from .instructions import MAGIC, MAGIC_FLOAT
 from .program import AbstractProgram
 
 TILE_TOKENS, TILE_OUTPUTS, GROUP = 128, 64, 64
+WIDE_ARCHITECTURES = ("80", "90", "90a", "100")
+"""Where scaling takes longer than the tensor cores take, and shared memory has room for three blocks: wide warps."""
 
 
 @attrs.frozen
@@ -66,6 +68,8 @@ class Matmul(AbstractProgram):
     """Whether sums over all columns stay integers: one scale a token and an output, and an integer a group (int4x2)."""
     stages: int = 4
     """Of the ring in shared memory; the shortest has 3."""
+    wide: bool = False
+    """Whether a warp makes 64 tokens, for which weights are unpacked once, and a block has 4 of them."""
 
     @property
     def operands(self) -> str:
@@ -73,11 +77,11 @@ class Matmul(AbstractProgram):
 
     @property
     def threads(self) -> int:
-        return 256
+        return 128 if self.wide else 256
 
     @property
     def resident(self) -> int:
-        return 2
+        return 3 if self.wide else 2
 
     @property
     def shared_bytes(self) -> int:
@@ -109,11 +113,11 @@ def _make(gpu: Any, program: Matmul) -> Callable[..., None]:
     a_row = GROUP // 2 if program.native else GROUP
     w_row = GROUP * program.weight_bits // 8
     copy_wait = getattr(gpu, f"copy_wait_{stages - 2}")
-    places_main, multiply_main = _group(gpu, program.weight_bits, program.native, program.integers)
-    places_branch, multiply_branch = _group(gpu, 8, False, False)
-    point_main, copy_main = _copies(gpu, a_row, w_row)
-    point_branch, copy_branch = _copies(gpu, GROUP, GROUP)
-    scale_rows, store = _scale_rows(gpu), _store(gpu, program)
+    places_main, multiply_main = _group(gpu, program.weight_bits, program.native, program.integers, program.wide)
+    places_branch, multiply_branch = _group(gpu, 8, False, False, program.wide)
+    point_main, copy_main = _copies(gpu, a_row, w_row, program.threads)
+    point_branch, copy_branch = _copies(gpu, GROUP, GROUP, program.threads)
+    scale_rows, store, count = _scale_rows(gpu, program.wide), _store(gpu, program), 64 if program.wide else 32
     integers, registers, last = program.integers, gpu.registers, (stages - 1) * stage_bytes
 
     @gpu.device
@@ -146,10 +150,10 @@ def _make(gpu: Any, program: Matmul) -> Callable[..., None]:
         token, output = gpu.block_x() * 128, gpu.block_y() * 64
         side = (thin, thin_scales, up, up_scales)
         where = (token, padded_tokens, output, padded_out, thread)
-        sums, totals = registers(32, gpu.f32), registers(32, gpu.s32)
+        sums, totals = registers(count, gpu.f32), registers(count, gpu.s32)
         places = registers(4, gpu.s32)
         at, steps = registers(3, gpu.u64), registers(3, gpu.u32)
-        for place in range(32):
+        for place in range(count):
             sums[place], totals[place] = gpu.f32(0), gpu.s32(0)
         point_main(at, steps, (a, a_scales, w, w_scales), where)
         for index in range(stages - 1):
@@ -179,15 +183,15 @@ def _make(gpu: Any, program: Matmul) -> Callable[..., None]:
     return kernel
 
 
-def _copies(gpu: Any, a_row: int, w_row: int) -> tuple[Any, Any]:
+def _copies(gpu: Any, a_row: int, w_row: int, threads: int) -> tuple[Any, Any]:
     """Functions that point each thread at its pieces of the first group's tile, and that start a group's copies.
 
-    A stage is pieces of 16 bytes, piece p by thread p % 256: activations, weights, scales of tokens (32 pieces) and of
-    outputs (8). The first two are whole rounds of all threads but for weights of 4 bits, half a round, behind which
-    the scales follow in the same one.
+    A stage is pieces of 16 bytes, piece p by thread p % threads: activations, weights, scales of tokens (32 pieces) and
+    of outputs (8). The first two are whole rounds of all threads, but weights of 4 bits may be half a round, behind
+    which the scales follow in the same one.
     """
-    a_rounds, w_rounds = TILE_TOKENS * a_row // 4096, TILE_OUTPUTS * w_row // 4096
-    rest = TILE_OUTPUTS * w_row // 16 % 256
+    a_rounds, (w_rounds, rest) = TILE_TOKENS * a_row // 16 // threads, divmod(TILE_OUTPUTS * w_row // 16, threads)
+    step = threads * 16
 
     @gpu.device
     def point(at, steps, matrices, where):
@@ -207,19 +211,19 @@ def _copies(gpu: Any, a_row: int, w_row: int) -> tuple[Any, Any]:
         thread = where[4]
         mine = place + thread * 16
         for part in range(a_rounds):
-            gpu.copy16_if(mine + part * 4096, at[0] + gpu.u64(part * 4096), 1)
-        if w_rounds > 0:
-            gpu.copy16_if(mine + a_rounds * 4096, at[1], 1)
-        gpu.copy16_if(mine + (a_rounds + w_rounds) * 4096, at[2], gpu.u32(thread < rest + 40))
+            gpu.copy16_if(mine + part * step, at[0] + gpu.u64(part * step), 1)
+        for part in range(w_rounds):
+            gpu.copy16_if(mine + (a_rounds + part) * step, at[1] + gpu.u64(part * step), 1)
+        gpu.copy16_if(mine + (a_rounds + w_rounds) * step, at[2], gpu.u32(thread < rest + 40))
 
     return point, copy
 
 
-def _group(gpu: Any, weight_bits: int, native: bool, integers: bool) -> tuple[Any, Any]:
-    """Functions that tell a lane its places in a stage, and that add a stage's group to a warp's 32 x 32 sums.
+def _group(gpu: Any, weight_bits: int, native: bool, integers: bool, wide: bool) -> tuple[Any, Any]:
+    """Functions that tell a lane its places in a stage, and that add a stage's group to a warp's sums.
 
     Sums are scaled; with `integers` they are integers, and what scales them by output are integers, too. A lane's sums
-    are [16 outputs i][8 tokens t][output h][token e]: output 4r + 2i + h of 32, token 8t + 2m + e of 32.
+    are [8 tokens t][16 outputs i][output h][token e]: output 4r + 2i + h of 32, token 8t + 2m + e of 32 or 64.
     """
     nibbles = weight_bits == 4
     less, start, registers = -MAGIC_FLOAT, 0 if integers else MAGIC, gpu.registers
@@ -228,16 +232,17 @@ def _group(gpu: Any, weight_bits: int, native: bool, integers: bool) -> tuple[An
     weights_at = TILE_TOKENS * a_row
     scales_at = weights_at + TILE_OUTPUTS * w_row
 
+    lane_place = _lane_place(gpu, wide)
+
     @gpu.device
     def find(places, thread):
         """Where a lane's activations, weights, scales of tokens and of outputs lie in a stage."""
-        lane, warp = thread & 31, thread >> 5
-        row, member = lane >> 2, lane & 3
-        token, output = (warp & 3) * 32, (warp >> 2) * 32
-        places[0] = gpu.s32((token + row) * a_row + member * (a_row // 4))
+        lane = thread & 31
+        token, output = lane_place(thread)
+        places[0] = gpu.s32((token + (lane >> 2)) * a_row + (lane & 3) * (a_row // 4))
         places[1] = gpu.s32(weights_at + output * w_row + lane * 16)
-        places[2] = gpu.s32(scales_at + (token + member * 2) * 4)
-        places[3] = gpu.s32(scales_at + TILE_TOKENS * 4 + (output + row * 4) * 2)
+        places[2] = gpu.s32(scales_at + (token + (lane & 3) * 2) * 4)
+        places[3] = gpu.s32(scales_at + TILE_TOKENS * 4 + (output + (lane >> 2) * 4) * 2)
 
     @gpu.device
     def add(sums, at, sum, by_output, less, by_token):
@@ -249,112 +254,150 @@ def _group(gpu: Any, weight_bits: int, native: bool, integers: bool) -> tuple[An
         totals[at] = gpu.s32(totals[at] + (sum >> shift) * by_output)
 
     @gpu.device
-    def load_tokens(place, b):
-        """The activations' fragments, `b` (4 of 8 tokens, 4): 16 columns a token."""
-        for tile in range(4):
-            if native:
-                pair = gpu.lds64(place + tile * (8 * a_row))
-                b[tile * 4], b[tile * 4 + 1] = pair[0], pair[1]
-            else:
-                four = gpu.lds128(place + tile * (8 * a_row))
-                for word in range(4):
-                    b[tile * 4 + word] = four[word]
-
-    @gpu.device
-    def load_outputs(place, a, half):
-        """The fragments of 16 outputs' weights, `a` (2 products, 4), or one product's where it is native."""
-        if nibbles:
-            four = gpu.lds128(place + half * 512)
-            for word in range(4):
-                if native:
-                    a[word] = four[word]
-                else:
-                    at = word // 2 * 4 + word % 2
-                    a[at], a[at + 2] = gpu.u32((four[word] << 4) & 0xF0F0F0F0), gpu.u32(four[word] & 0xF0F0F0F0)
+    def load_tokens(place, b, tile):
+        """The fragments of 8 tokens, `b` (2 products, 2), or one product's: 16 columns of a token."""
+        if native:
+            pair = gpu.lds64(place + tile * (8 * a_row))
+            b[0], b[1] = pair[0], pair[1]
         else:
-            for step in range(2):
-                four = gpu.lds128(place + half * 1024 + step * 512)
-                for word in range(4):
-                    a[step * 4 + word] = four[word]
+            four = gpu.lds128(place + tile * (8 * a_row))
+            for word in range(4):
+                b[word] = four[word]
 
     @gpu.device
-    def product(a, b, at):
+    def load_outputs(place, a):
+        """The fragments of 32 outputs, `a` (16 outputs each, 2 products, 4), or one product's where it is native."""
+        for half in range(2):
+            if nibbles:
+                four = gpu.lds128(place + half * 512)
+                for word in range(4):
+                    if native:
+                        a[half * 8 + word] = four[word]
+                    else:
+                        at = half * 8 + word // 2 * 4 + word % 2
+                        a[at], a[at + 2] = gpu.u32((four[word] << 4) & 0xF0F0F0F0), gpu.u32(four[word] & 0xF0F0F0F0)
+            else:
+                for step in range(2):
+                    four = gpu.lds128(place + half * 1024 + step * 512)
+                    for word in range(4):
+                        a[half * 8 + step * 4 + word] = four[word]
+
+    @gpu.device
+    def product(a, at, b):
         """The integer sums of 16 outputs and 8 tokens over the group, four a lane."""
         s = gpu.s32(start)
         if native:
-            return gpu.mma_s4(a[0], a[1], a[2], a[3], b[at], b[at + 1], s, s, s, s)
-        c = gpu.mma_s8(a[0], a[1], a[2], a[3], b[at], b[at + 1], s, s, s, s)
-        return gpu.mma_s8(a[4], a[5], a[6], a[7], b[at + 2], b[at + 3], c[0], c[1], c[2], c[3])
+            return gpu.mma_s4(a[at], a[at + 1], a[at + 2], a[at + 3], b[0], b[1], s, s, s, s)
+        c = gpu.mma_s8(a[at], a[at + 1], a[at + 2], a[at + 3], b[0], b[1], s, s, s, s)
+        return gpu.mma_s8(a[at + 4], a[at + 5], a[at + 6], a[at + 7], b[2], b[3], c[0], c[1], c[2], c[3])
+
+    @gpu.device
+    def multiply_32(first, place, places, sums, a, factors, less_factors, integer_factors):
+        """32 tokens, whose first 8 are the warp's `first`."""
+        b = registers(4, gpu.u32)
+        for tile in range(first, first + 4):
+            load_tokens(place + places[0], b, tile)
+            pair = gpu.lds64(place + places[2] + tile * 32)
+            for half in range(2):
+                c, at = product(a, half * 8, b), tile * 8 + half * 4
+                for side in range(2):
+                    by_output = half * 2 + side
+                    for token in range(2):
+                        here, sum = at + side * 2 + token, c[side * 2 + token]
+                        if integers:
+                            add_integer(sums, here, sum, integer_factors[by_output])
+                        else:
+                            add(sums, here, sum, factors[by_output], less_factors[by_output], gpu.as_float(pair[token]))
 
     @gpu.device
     def multiply(place, places, sums):
-        a, b, by_token = registers(8, gpu.u32), registers(16, gpu.u32), registers(8, gpu.f32)
-        load_tokens(place + places[0], b)
-        if not integers:
-            for tile in range(4):
-                pair = gpu.lds64(place + places[2] + tile * 32)
-                by_token[tile * 2], by_token[tile * 2 + 1] = gpu.as_float(pair[0]), gpu.as_float(pair[1])
-        of_outputs = gpu.lds64(place + places[3])
+        a, factors, less_factors = registers(16, gpu.u32), registers(4, gpu.f32), registers(4, gpu.f32)
+        integer_factors = registers(4, gpu.s32)
+        load_outputs(place + places[1], a)
+        two = gpu.lds64(place + places[3])
         for half in range(2):
-            load_outputs(place + places[1], a, half)
-            two = of_outputs[half]
-            low, high = gpu.as_float(gpu.u32(two << 16)), gpu.as_float(gpu.u32(two & 0xFFFF0000))
-            low_less, high_less = gpu.fmul(low, gpu.f32(less)), gpu.fmul(high, gpu.f32(less))
-            low_integer, high_integer = gpu.s32(two & 0xFFFF), gpu.s32(two >> 16)
-            for tile in range(4):
-                c = product(a, b, tile * 4)
-                at = half * 16 + tile * 4
-                for token in range(2):
-                    if integers:
-                        add_integer(sums, at + token, c[token], low_integer)
-                        add_integer(sums, at + 2 + token, c[2 + token], high_integer)
-                    else:
-                        add(sums, at + token, c[token], low, low_less, by_token[tile * 2 + token])
-                        add(sums, at + 2 + token, c[2 + token], high, high_less, by_token[tile * 2 + token])
+            factors[half * 2] = gpu.as_float(gpu.u32(two[half] << 16))
+            factors[half * 2 + 1] = gpu.as_float(gpu.u32(two[half] & 0xFFFF0000))
+            integer_factors[half * 2], integer_factors[half * 2 + 1] = (
+                gpu.s32(two[half] & 0xFFFF),
+                gpu.s32(two[half] >> 16),
+            )
+        for place_in in range(4):
+            less_factors[place_in] = gpu.fmul(factors[place_in], gpu.f32(less))
+        multiply_32(0, place, places, sums, a, factors, less_factors, integer_factors)
+        if wide:  # Not in a loop: one with so much in it is not unrolled, and then the sums would lie in memory.
+            multiply_32(4, place, places, sums, a, factors, less_factors, integer_factors)
 
     return find, multiply
 
 
-def _scale_rows(gpu: Any) -> Any:
-    """A function that scales integer sums over all columns: by output, then by token."""
+def _lane_place(gpu: Any, wide: bool) -> Any:
+    """A function that gives the first token and the first output of a thread's warp, in its block."""
 
     @gpu.device
-    def scale_rows(totals, sums, a_scales, row_scales, token, output, thread):
-        lane, warp = thread & 31, thread >> 5
-        row, column = token + (warp & 3) * 32 + (lane & 3) * 2, output + (warp >> 2) * 32 + (lane >> 2) * 4
-        of_outputs = gpu.ldg64(row_scales + gpu.u64(column * 2))
-        for tile in range(4):
+    def lane_place(thread):
+        warp = thread >> 5
+        if wide:
+            return (warp & 1) * 64, (warp >> 1) * 32
+        return (warp & 3) * 32, (warp >> 2) * 32
+
+    return lane_place
+
+
+def _scale_rows(gpu: Any, wide: bool) -> Any:
+    """A function that scales integer sums over all columns: by output, then by token."""
+    lane_place = _lane_place(gpu, wide)
+
+    @gpu.device
+    def scale_32(first, totals, sums, a_scales, of_outputs, row):
+        for tile in range(first, first + 4):
             of_tokens = gpu.ldg64(a_scales + gpu.u64((row + tile * 8) * 4))
             for half in range(2):
                 two = of_outputs[half]
                 low, high = gpu.as_float(gpu.u32(two << 16)), gpu.as_float(gpu.u32(two & 0xFFFF0000))
                 for place in range(4):
-                    at = half * 16 + tile * 4 + place
+                    at = tile * 8 + half * 4 + place
                     scaled = gpu.fmul(gpu.to_float(totals[at]), high if place // 2 else low)
                     sums[at] = gpu.fmul(scaled, gpu.as_float(of_tokens[place % 2]))
+
+    @gpu.device
+    def scale_rows(totals, sums, a_scales, row_scales, token, output, thread):
+        inside = lane_place(thread)
+        row, column = token + inside[0] + (thread & 3) * 2, output + inside[1] + ((thread & 31) >> 2) * 4
+        of_outputs = gpu.ldg64(row_scales + gpu.u64(column * 2))
+        scale_32(0, totals, sums, a_scales, of_outputs, row)
+        if wide:
+            scale_32(4, totals, sums, a_scales, of_outputs, row)
 
     return scale_rows
 
 
 def _store(gpu: Any, program: Matmul) -> Any:
-    """A function that adds the bias to a warp's sums and writes them: 4 neighbouring outputs of 8 tokens a lane."""
-    has_bias, aligned = program.bias, program.aligned
+    """A function that adds the bias to a warp's sums and writes them: 4 neighbouring outputs of a token at a time."""
+    has_bias, aligned, wide = program.bias, program.aligned, program.wide
     put = rows.aligned_store(gpu, program.output, 4) if aligned else rows.single_stores(gpu, program.output, 4)
-    registers = gpu.registers
+    registers, lane_place = gpu.registers, _lane_place(gpu, program.wide)
+
+    @gpu.device
+    def store_32(first, sums, added, y, row, tokens, column, out):
+        values = registers(4, gpu.f32)
+        for tile in range(first, first + 4):
+            for token in range(2):
+                for place in range(4):
+                    value = sums[tile * 8 + place * 2 + token]
+                    values[place] = gpu.fadd(value, added[place]) if has_bias else value
+                put(y, row + tile * 8 + token, tokens, column, out, values)
 
     @gpu.device
     def store(sums, bias, y, thread, token, tokens, output, out):
-        lane, warp = thread & 31, thread >> 5
-        row, column = token + (warp & 3) * 32 + (lane & 3) * 2, output + (warp >> 2) * 32 + (lane >> 2) * 4
-        added, values = registers(4, gpu.f32), registers(4, gpu.f32)
+        inside, added = lane_place(thread), registers(4, gpu.f32)
+        row, column = token + inside[0] + (thread & 3) * 2, output + inside[1] + ((thread & 31) >> 2) * 4
         if has_bias:
             four = gpu.ldg128(bias + gpu.u64(column * 4))
             for place in range(4):
                 added[place] = gpu.as_float(four[place])
-        for side in range(8):
-            for place in range(4):
-                value = sums[place // 2 * 16 + side // 2 * 4 + place % 2 * 2 + side % 2]
-                values[place] = gpu.fadd(value, added[place]) if has_bias else value
-            put(y, row + side // 2 * 8 + side % 2, tokens, column, out, values)
+        store_32(0, sums, added, y, row, tokens, column, out)
+        if wide:
+            store_32(4, sums, added, y, row, tokens, column, out)
 
     return store

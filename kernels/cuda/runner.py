@@ -7,6 +7,7 @@ synchronizes nor allocates but through torch, so CUDA graphs may capture it once
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import attrs
@@ -16,7 +17,7 @@ from . import hopper, skinny
 from .device import AbstractDevice
 from .hopper import Hopper
 from .layouts import padded
-from .matmul import TILE_OUTPUTS, TILE_TOKENS, Matmul
+from .matmul import TILE_OUTPUTS, TILE_TOKENS, WIDE_ARCHITECTURES, Matmul
 from .plan import KEPT_RANK_GROUPS, Plan
 from .prepared import Prepared
 from .quantizer import GROUPS_AT_ONCE, TOKENS, Quantizer
@@ -38,8 +39,30 @@ KINDS: dict[torch.dtype, Kind] = {
 NAMES = {name: dtype for dtype, name in KINDS.items()}
 SPLIT_TOKENS = 512
 """Up to so many tokens, blocks of 16 tokens alone would leave most of a large GPU idle."""
+WIDE_BLOCKS = 264
+"""From so many blocks on they may be of fewer, wider warps: two for each multiprocessor of an H100 or H200, which then
+has as many warps as one block of narrow ones would give it."""
 _ALIGNED = 8
 """Rows of a multiple of so many numbers are read and written 16 bytes at a time."""
+
+
+class Size(IntEnum):
+    """How many tokens a call has, as far as it decides the way."""
+
+    FEW = 0
+    SOME = 1
+    MANY = 2
+    PLENTY = 3
+
+    @classmethod
+    def of(cls, plan: Plan, tokens: int) -> Size:
+        """The size of a call."""
+        if tokens <= skinny.TOKENS:
+            return cls.FEW
+        if tokens <= SPLIT_TOKENS:
+            return cls.SOME
+        blocks = padded(tokens, TILE_TOKENS) // TILE_TOKENS * plan.padded_out // TILE_OUTPUTS
+        return cls.PLENTY if blocks >= WIDE_BLOCKS else cls.MANY
 
 
 @attrs.frozen
@@ -48,16 +71,18 @@ class Way:
 
     split: bool
     skinny: bool
+    wide: bool = False
 
     @classmethod
-    def of(cls, plan: Plan, tokens: int, architecture: str) -> Way:
+    def of(cls, plan: Plan, size: Size, architecture: str) -> Way:
         """The way for a number of tokens."""
         # A token's scale needs all its columns, which blocks that share them do not see.
         whole = plan.whole or (plan.branch_whole and plan.rank > 0)
-        split = tokens <= SPLIT_TOKENS or plan.rank_groups > KEPT_RANK_GROUPS
+        split = size <= Size.SOME or plan.rank_groups > KEPT_RANK_GROUPS
         # Integer sums and Hopper's own product have no kernel for few tokens; theirs takes any number.
-        few = tokens <= skinny.TOKENS and not plan.integers and not plan.for_hopper(architecture)
-        return cls(split=split and not whole, skinny=few)
+        scaled = not plan.integers and not plan.for_hopper(architecture)
+        wide = size == Size.PLENTY and scaled and architecture in WIDE_ARCHITECTURES
+        return cls(split=split and not whole, skinny=size == Size.FEW and scaled, wide=wide)
 
     def rows(self, tokens: int) -> int:
         """Tokens, filled up to the kernels' tiles."""
@@ -107,6 +132,7 @@ class Programs:
             output=KINDS[output],
             aligned=aligned,
             integers=plan.integers,
+            wide=way.wide,
         )
         return cls(quantizer, thin, product.fitted(architecture))
 
@@ -119,7 +145,7 @@ def programs_of(
     plan: Plan, input: torch.dtype, output: torch.dtype, bias: bool, architecture: str
 ) -> list[AbstractProgram]:
     """Every program that calls of such a layer may run, for any number of tokens."""
-    ways = [Way.of(plan, tokens, architecture) for tokens in (1, skinny.TOKENS + 1, SPLIT_TOKENS + 1)]
+    ways = [Way.of(plan, size, architecture) for size in Size]
     found = [each for way in ways for each in Programs.of(plan, way, input, output, bias, architecture).list()]
     return list(dict.fromkeys(found))
 

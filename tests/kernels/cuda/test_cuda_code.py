@@ -41,9 +41,11 @@ def quantizer(**changes: object) -> Quantizer:
 COMMON: list[AbstractProgram] = [
     matmul(),
     matmul(stages=3),
-    matmul(branch=True),
+    matmul(branch=False),
     matmul(weight_bits=8, branch=False, bias=False, output="float32", aligned=False),
     matmul(integers=True, branch=True),
+    matmul(wide=True),
+    matmul(wide=True, branch=False),
     quantizer(),
     quantizer(top=127, rank_groups=1, branch_top=127, factors="divide"),
     quantizer(rank_groups=2, input="float32", aligned=False, whole=True, thin_whole=True),
@@ -56,8 +58,9 @@ COMMON: list[AbstractProgram] = [
     Plain(16, 16),
 ]
 NATIVE: list[AbstractProgram] = [
-    matmul(native=True, branch=True),
+    matmul(native=True),
     matmul(native=True, integers=True),
+    matmul(native=True, wide=True),
     quantizer(native=True),
     Skinny(weight_bits=4, native=True, branch=True, bias=True, output="bfloat16"),
 ]
@@ -119,8 +122,8 @@ def _disassembler() -> str | None:
 @pytest.mark.parametrize(
     ("program", "architecture", "wanted"),
     [
-        (matmul(branch=True), "90", ("IMMA.16832.S8.S8", 32)),
-        (matmul(native=True, branch=True), "86", ("IMMA.16864.S4.S4", 8)),
+        (matmul(), "90", ("IMMA.16832.S8.S8", 32)),
+        (matmul(native=True), "86", ("IMMA.16864.S4.S4", 8)),
         (HOPPER[0], "90a", ("IGMMA.64x128x32.S8.S8", 2)),
         (Skinny(weight_bits=4, native=True, branch=False, bias=True, output="bfloat16"), "80", ("IMMA.16864.S4.S4", 4)),
     ],

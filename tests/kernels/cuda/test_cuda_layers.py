@@ -85,13 +85,15 @@ def tensor_core_layouts(draw: st.DrawFn) -> Layout:
     st.sampled_from(["80", "90", "90a"]),
     st.integers(0, 3),
     st.sampled_from([0, 512]),
+    st.sampled_from([0, 264]),
 )
-@settings(max_examples=12)
+@settings(max_examples=16)
 def test_tensor_core_layers_are_the_reference_s(
-    layout: Layout, tokens: int, dtype: torch.dtype, architecture: str, seed: int, split: int
+    layout: Layout, tokens: int, dtype: torch.dtype, architecture: str, seed: int, split: int, wide: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "SPLIT_TOKENS", split)
+        patch.setattr(runner, "WIDE_BLOCKS", wide)
         agrees(layout, tokens, dtype=dtype, architecture=architecture, seed=seed, bias=seed % 2 == 0)
 
 
@@ -121,6 +123,18 @@ class TestWays:
     @pytest.mark.parametrize("tokens", [129, 200])
     def test_more_tokens_than_a_block(self, tokens: int) -> None:
         agrees(layout_of(70, 64, 8), tokens)
+
+    @pytest.mark.parametrize("architecture", ["80", "86", "90"])
+    @pytest.mark.parametrize("activation", ["int4", "int8"])
+    def test_wide_warps(self, architecture: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "SPLIT_TOKENS", 20)
+        monkeypatch.setattr(runner, "WIDE_BLOCKS", 4)
+        layout = layout_of(70, 64 * 6 + 5, 100, **(W4A4 | {"activation": activation}))
+        plans = plan.Plan.of(layout)
+        assert runner.Size.of(plans, 128) == runner.Size.MANY
+        assert runner.Size.of(plans, 130) == runner.Size.PLENTY
+        assert runner.Way.of(plans, runner.Size.PLENTY, architecture).wide == (architecture != "86")
+        assert agrees(layout, 130, architecture=architecture) == ["Quantizer", "Matmul"]
 
     def test_a_longer_run_than_the_ring(self) -> None:
         agrees(layout_of(40, 64 * 9 + 5, 70), 17)
