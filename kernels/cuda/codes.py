@@ -1,8 +1,13 @@
 """Rounding to codes: what the quantizer does with a group's values, here for any number of them.
 
-    scale = bfloat16(limit / top), code = value / scale to nearest, ties to even, between -top and top
+    scale = bfloat16(limit / top), code = value / scale to nearest, ties to even
 
-as loraq/formats.py has it, bit for bit. Dividing by the scale is multiplying by its reciprocal and correcting once:
+as loraq/formats.py has it, bit for bit. That no code is beyond top follows: a scale of 8 bits is at most 2^-8 of itself
+too small, and top · (1 + 2^-8) is nearer to top than to the next number. Scales below 2^-126 have fewer bits: there the
+codes are 0, as they are where a scale is 0, infinite or not a number. Rounding is an addition of 1.5 · 2^23, whose
+result has the code in its lowest byte.
+
+Dividing by the scale is multiplying by its reciprocal and correcting once:
 
     r = 1/s,  q = v·r,  code = round(fma(v - q·s, r, q))
 
@@ -19,7 +24,10 @@ from __future__ import annotations
 
 from typing import Any
 
-_INFINITY = 0x7F800000
+from .instructions import MAGIC_FLOAT
+
+_LEAST, _MOST = 2.0**-126, 2.0**127 * (2 - 2.0**-7)
+"""The ends of bfloat16's normal numbers."""
 _UP, _DOWN = 2.0**64, 2.0**-64
 _SMALL, _LARGE = 2.0**-60, 2.0**60
 
@@ -29,14 +37,15 @@ def encoder(gpu: Any, top: int) -> Any:
 
     `values` (float32 registers) from `first` on are rounded with the scale of `limit`, `words` written from `at` on.
     """
-    up, down, small, large, one = _UP, _DOWN, _SMALL, _LARGE, 1.0
+    up, down, small, large, one, magic = _UP, _DOWN, _SMALL, _LARGE, 1.0, MAGIC_FLOAT
+    least, most = _LEAST, _MOST
 
     @gpu.device
-    def code(value, scale, inverse, lift):
+    def code(value, less, inverse, lift):
         lifted = gpu.fmul(value, lift)
         quotient = gpu.fmul(lifted, inverse)
-        rest = gpu.fma(gpu.fmul(quotient, gpu.f32(-one)), scale, lifted)
-        return gpu.smax(gpu.smin(gpu.to_int(gpu.fma(rest, inverse, quotient)), top), -top)
+        rest = gpu.fma(quotient, less, lifted)
+        return gpu.as_int(gpu.bits(gpu.fadd(gpu.fma(rest, inverse, quotient), gpu.f32(magic))))
 
     @gpu.device
     def chosen(first, second, flag):
@@ -46,17 +55,18 @@ def encoder(gpu: Any, top: int) -> Any:
     def encode(values, first, count, limit, words, at):
         scale = gpu.as_float(gpu.u32(gpu.pack_bfloat16(gpu.fdiv(limit, gpu.f32(top)), gpu.f32(0)) << 16))
         lift = chosen(up, chosen(down, one, gpu.u32(scale > large)), gpu.u32(scale < small))
-        # A scale of 0 has values of 0 alone: by infinity they stay codes of 0.
-        moved = gpu.as_float(gpu.select(_INFINITY, gpu.bits(gpu.fmul(scale, lift)), gpu.u32(scale == 0)))
-        inverse = gpu.reciprocal(moved)
+        moved = gpu.fmul(scale, lift)
+        inverse, less = gpu.reciprocal(moved), gpu.fmul(moved, gpu.f32(-one))
+        kept = gpu.select(0xFFFFFFFF, 0, gpu.u32((scale >= least) & (scale <= most)))
         for word in range(count // 4):
             place = first + word * 4
-            words[at + word] = gpu.pack_bytes(
-                code(values[place], moved, inverse, lift),
-                code(values[place + 1], moved, inverse, lift),
-                code(values[place + 2], moved, inverse, lift),
-                code(values[place + 3], moved, inverse, lift),
+            packed = gpu.pack_bytes(
+                code(values[place], less, inverse, lift),
+                code(values[place + 1], less, inverse, lift),
+                code(values[place + 2], less, inverse, lift),
+                code(values[place + 3], less, inverse, lift),
             )
+            words[at + word] = gpu.u32(packed & kept)
         return scale
 
     return encode

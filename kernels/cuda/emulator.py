@@ -308,6 +308,10 @@ def fadd(first: Any, second: Any) -> Array:
     return f32(first) + f32(second)
 
 
+def fsub(first: Any, second: Any) -> Array:
+    return f32(first) - f32(second)
+
+
 def fmul(first: Any, second: Any) -> Array:
     return f32(first) * f32(second)
 

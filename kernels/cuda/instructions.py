@@ -126,6 +126,7 @@ INSTRUCTIONS = (
     Instruction("fence_async", "", "", "fence.proxy.async.shared::cta;", True, True),
     # Arithmetic that rounds once, to nearest, ties to even, and is never fused.
     Instruction("fadd", "f", "ff", "add.rn.f32 $0, $1, $2;"),
+    Instruction("fsub", "f", "ff", "sub.rn.f32 $0, $1, $2;"),
     Instruction("fmul", "f", "ff", "mul.rn.f32 $0, $1, $2;"),
     Instruction("fdiv", "f", "ff", "div.rn.f32 $0, $1, $2;"),
     Instruction("reciprocal", "f", "f", "rcp.rn.f32 $0, $1;"),

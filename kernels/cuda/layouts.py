@@ -1,6 +1,7 @@
 """How codes and scales lie in memory for the kernels, made from plain matrices with torch, on any device.
 
-    byte_rows      (rows, columns) int8 to (groups, rows, 64): the activations' form, and `down`'s
+    byte_rows      (rows, columns) int8 to (groups, rows, 64): the activations' form
+    thin_bytes     (rows, columns) int8 to (groups, rows / 16, 1024) bytes: `down`
     output_bytes   (rows, columns) to (groups, rows / 32, 2048) bytes: 8-bit weights
     output_nibbles the same to (groups, rows / 32, 1024) bytes: 4-bit weights
     natural_bytes, natural_nibbles  the same in natural order of columns, for wgmma
@@ -18,6 +19,7 @@ natural one. The order within a group is free if both operands have the same, so
 read 16 neighbouring columns a lane, and column 16m + 8s + 4q + b it is. 8-bit tiles are [i][s][lane][q][h][b], so that
 16 bytes are a fragment of 4 registers; natural ones [i][lane][s][q][h][b]. In 4-bit tiles both q share a byte, 0 below
 and 1 above, so that shifting and masking two words gives the fragment: [i][lane][s][h][b]; natural [i][lane][h][s][b].
+Rows of `down`, 16 at a time, are bytes [s][lane][q][h][b] with row r + 8h being 2r + h.
 """
 
 from __future__ import annotations
@@ -50,6 +52,14 @@ def _tiles(codes: Tensor, multiple: int, columns: tuple[int, ...]) -> Tensor:
     found = byte_rows(codes, multiple)
     groups, rows, _ = found.shape
     return found.reshape(groups, rows // _OUTPUTS, 8, 2, 2, *columns)
+
+
+def thin_bytes(codes: Tensor, multiple: int) -> Tensor:
+    """(rows, columns) int8 codes to (groups, padded rows / 16, 1024) int8."""
+    found = byte_rows(codes, multiple)
+    groups, rows, _ = found.shape
+    tiles = found.reshape(groups, rows // 16, 8, 2, *_MEMBERS_FIRST)  # group, tile, r, h, m, s, q, b
+    return tiles.permute(0, 1, 5, 2, 4, 6, 3, 7).reshape(groups, rows // 16, 1024).contiguous()
 
 
 _MEMBERS_FIRST, _NATURAL = (4, 2, 2, 4), (2, 2, 4, 4)

@@ -107,7 +107,7 @@ def _weight(
         scales = scales / 16  # exact above 2^-122
     scales = layouts.group_scales(scales, group, codes.shape[1], ROWS)
     if matrix == "down":
-        return Weight(layouts.byte_rows(codes, ROWS), scales)
+        return Weight(layouts.thin_bytes(codes, ROWS), scales)
     # The branch's `up` is small: its codes take bytes whatever they are.
     if nibbles:
         ordered = layouts.natural_nibbles if natural else layouts.output_nibbles

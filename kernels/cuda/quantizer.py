@@ -14,9 +14,9 @@ rows (`rank_groups` x 64 columns) that it keeps in registers.
 With `whole` or `branch_whole` the scale is the token's: a first pass over x finds the limits.
 Rounding is loraq/formats.py's (IntegerFormat.encode), the rotation strategies/pre_transform/hadamard.py's, bit for bit.
 Arguments: x, factors (padded columns,) float32, codes and scales out (matmul.py says how they lie), `down` (groups,
-rank_groups · 64, 64) int8 and its scales (groups, rank_groups · 64) bfloat16, thin codes and scales out; with `split`
-terms (groups, padded tokens, rank_groups · 64) float32 and their scales (groups, padded tokens) out instead of thin
-codes and scales, which thin.py adds up. Last of the numbers is `columns`, rank_groups · 64.
+rank_groups · 4, 1024) int8, thin_bytes of layouts.py, and its scales (groups, rank_groups · 64) bfloat16, thin codes
+and scales out; with `split` terms (groups, padded tokens, rank_groups · 64) float32 and their scales (groups, padded
+tokens) out instead of thin codes and scales, which thin.py adds up. Last of the numbers is `columns`, rank_groups · 64.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -32,6 +32,7 @@ from typing import Any, Literal
 import attrs
 
 from . import codes, rows
+from .instructions import MAGIC, MAGIC_FLOAT
 from .program import AbstractProgram
 
 TOKENS, GROUPS_AT_ONCE = 16, 8
@@ -82,8 +83,8 @@ class Quantizer(AbstractProgram):
 
     @property
     def stride(self) -> int:
-        """Floats from one thin row in shared memory to the next; 8 more than there are, against bank conflicts."""
-        return self.rank_groups * 64 + 8 if self.rank_groups else 0
+        """Floats from one thin row in shared memory to the next: 4 more, against bank conflicts and for the scale."""
+        return self.rank_groups * 64 + 4 if self.rank_groups else 0
 
     def make(self, gpu: ModuleType) -> Callable[..., None]:
         return _make(gpu, self)
@@ -185,12 +186,12 @@ def _load(gpu: Any, program: Quantizer) -> Any:
     over_1, over_2, over_groups = block > 16, block > 32, block > 64
 
     @gpu.device
-    def between(values, flip, bit):
-        """The butterfly with another lane: that lane's value plus this one's, which is negated in the upper lane."""
+    def between(values, sign, bit):
+        """The butterfly with another lane: that lane's value plus this one's, times `sign`, -1 in the upper lane."""
         for place in range(32):
             own = gpu.bits(values[place])
             other = gpu.lane_xor_1(own) if bit == 1 else gpu.lane_xor_2(own)
-            values[place] = gpu.fadd(gpu.as_float(other), gpu.as_float(gpu.u32(own ^ flip)))
+            values[place] = gpu.fma(values[place], sign, gpu.as_float(other))
 
     @gpu.device
     def within(values, step):
@@ -198,7 +199,7 @@ def _load(gpu: Any, program: Quantizer) -> Any:
             for place in range(first, first + step):
                 low, high = values[place], values[place + step]
                 values[place] = gpu.fadd(low, high)
-                values[place + step] = gpu.fadd(low, gpu.fmul(high, gpu.f32(-1)))
+                values[place + step] = gpu.fsub(low, high)
 
     @gpu.device
     def load(x, factors, token, tokens, column, inn, values, lane):
@@ -219,9 +220,9 @@ def _load(gpu: Any, program: Quantizer) -> Any:
         if steps > 3:
             within(values, 8)
         if over_1:
-            between(values, gpu.u32((lane & 1) << 31), 1)
+            between(values, gpu.as_float(gpu.u32(0x3F800000 | ((lane & 1) << 31))), 1)
         if over_2:
-            between(values, gpu.u32((lane & 2) << 30), 2)
+            between(values, gpu.as_float(gpu.u32(0x3F800000 | ((lane & 2) << 30))), 2)
         if over_groups:
             within(values, 16)
         if block > 1:
@@ -284,10 +285,7 @@ def _multiply(gpu: Any, stride: int, split: bool) -> Any:
 
     That is in shared memory, or in global memory with `split`; `stride` floats lie between a token's and the next's.
     """
-
-    @gpu.device
-    def scaled(sum, by_column):
-        return gpu.bits(gpu.fmul(gpu.to_float(sum), by_column))
+    less, start = -MAGIC_FLOAT, MAGIC
 
     @gpu.device
     def keep_global(place, at, first, second, here):
@@ -300,28 +298,31 @@ def _multiply(gpu: Any, stride: int, split: bool) -> Any:
     keep = keep_global if split else keep_shared
 
     @gpu.device
-    def tile(down, down_scales, line, column, words, half, place, row, member, here):
-        """Eight thin columns."""
-        one, two = half * 4, 8 + half * 4
-        b = gpu.ldg128_if(down + gpu.u64((line + row) * 64 + member * 16), here)
-        c = gpu.mma_s8(words[one], words[two], words[one + 1], words[two + 1], b[0], b[1], 0, 0, 0, 0)
-        c = gpu.mma_s8(
-            words[one + 2], words[two + 2], words[one + 3], words[two + 3], b[2], b[3], c[0], c[1], c[2], c[3]
-        )
-        pair = gpu.ldg32_if(down_scales + gpu.u64((line + member * 2) * 2), here)
+    def tile(codes, scales, words, half, place, at, here):
+        """16 thin columns of 16 tokens; the sums begin at matmul.py's number."""
+        one, two = gpu.ldg128_if(codes, here), gpu.ldg128_if(codes + gpu.u64(512), here)
+        pair, s = gpu.ldg32_if(scales, here), gpu.s32(start)
         low, high = gpu.as_float(gpu.u32(pair << 16)), gpu.as_float(gpu.u32(pair & 0xFFFF0000))
+        low_less, high_less = gpu.fmul(low, gpu.f32(less)), gpu.fmul(high, gpu.f32(less))
         for side in range(2):
-            at = ((row + side * 8) * stride + column + member * 2) * 4
-            keep(place, at, scaled(c[side * 2], low), scaled(c[side * 2 + 1], high), here)
+            b = side * 8 + half * 4
+            c = gpu.mma_s8(one[0], one[1], one[2], one[3], words[b], words[b + 1], s, s, s, s)
+            c = gpu.mma_s8(two[0], two[1], two[2], two[3], words[b + 2], words[b + 3], c[0], c[1], c[2], c[3])
+            for token in range(2):
+                first = gpu.fma(gpu.as_float(gpu.as_unsigned(c[token])), low, low_less)
+                second = gpu.fma(gpu.as_float(gpu.as_unsigned(c[2 + token])), high, high_less)
+                keep(place, at + (side * 8 + token) * (stride * 4), gpu.bits(first), gpu.bits(second), here)
 
     @gpu.device
     def multiply(down, down_scales, group, columns, words, half, place, row, member, here):
+        codes = down + gpu.u64(group * columns * 64 + (row * 4 + member) * 16)
+        scales = down_scales + gpu.u64((group * columns + row * 2) * 2)
+        at = gpu.s32((member * 2 * stride + row * 2) * 4)
         # `columns` is an argument so that the compiler does not unroll this loop, read everything first and spill.
-        for first in range(0, columns, 32):
-            for place_in in range(4):
-                column = first + place_in * 8
-                line = group * columns + column
-                tile(down, down_scales, line, column, words, half, place, row, member, here)
+        for _ in range(0, columns, 32):
+            tile(codes, scales, words, half, place, at, here)
+            tile(codes + gpu.u64(1024), scales + gpu.u64(32), words, half, place, at + 64, here)
+            codes, scales, at = codes + gpu.u64(2048), scales + gpu.u64(64), gpu.s32(at + 128)
 
     return multiply
 
@@ -339,7 +340,7 @@ def _keep_steps(gpu: Any, stride: int, split: bool) -> Any:
                     line = (group + half) * padded_tokens + first_token
                     gpu.stg32_if(steps + gpu.u64((line + token) * 4), scale, here)
                 else:
-                    at = place + ((half * 16 + token) * stride + stride - 8) * 4
+                    at = place + ((half * 16 + token) * stride + stride - 4) * 4
                     gpu.sts32_if(at, scale, gpu.u32(member == 0))
 
     return keep_steps
@@ -354,7 +355,7 @@ def _add_up(gpu: Any, program: Quantizer) -> Any:
         token, piece = thread >> 3, thread & 7
         for group in range(count):
             line = memory + (group * 16 + token) * stride * 4
-            start, scale = line + piece * 16, gpu.as_float(gpu.lds32(line + (stride - 8) * 4))
+            start, scale = line + piece * 16, gpu.as_float(gpu.lds32(line + (stride - 4) * 4))
             for part in range(rank_groups * 2):
                 four = gpu.lds128(start + part * 128)
                 for place in range(4):
