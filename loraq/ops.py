@@ -45,8 +45,8 @@ from loraq.layout import Layout
 
 _EXACT_FLOAT32 = 2**24
 """Integers up to this are exact in float32, so that a float matmul of integers is exact in any order of sums."""
-_AT_ONCE = 2**18
-"""Numbers that `multiply_add` takes at a time."""
+_AT_ONCE = {"cpu": 2**18}
+"""Numbers that `multiply_add` takes at a time, by device; 2^24 elsewhere."""
 
 
 _LAYOUTS: dict[str, Layout] = {}
@@ -199,7 +199,7 @@ def multiply_add(first: Tensor, second: Tensor, total: Tensor) -> Tensor:
     """
     if total.device.type == "mps":
         return total + first * second
-    rows = max(1, _AT_ONCE // total.shape[1])
+    rows = max(1, _AT_ONCE.get(total.device.type, 2**24) // total.shape[1])
     if len(total) > rows:  # the many float64 on the way would not stay in a cache, nor perhaps in memory
         parts = zip(*(torch.split(each, rows) for each in (first, second, total)), strict=True)
         return torch.cat([multiply_add(*each) for each in parts])

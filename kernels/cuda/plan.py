@@ -1,11 +1,11 @@
 """Which layers the kernels take, and what their programs must know of a layer: all that follows from its layout.
 
-The tensor cores multiply integers of at most 8 bits, 64 columns of one scale at a time. So of each product one side has
-groups of 64 and the other such groups, multiples of 64, or one scale a row; a product of at most 64 columns may have
-any larger group. Where both sides have one scale a row, or the weight is int4x2 and the input has one scale a token,
-sums stay integers. A branch that does not fit runs in torch beside the main product, and so do transforms other than
-one smoothing followed by one Hadamard rotation of blocks up to 128. Layers of integers that do not fit at all are
-multiplied by the plain kernel (plain.py).
+The tensor cores multiply integers of at most 8 bits, 64 or 128 columns of one scale at a time: a span of one or two
+groups of 64. So of each product one side has such groups and the other the same, multiples of them, or one scale a row;
+a product of at most 128 columns may have any larger group. Where both sides have one scale a row, or the weight is
+int4x2 and the input has one scale a token, sums stay integers. A branch that does not fit runs in torch beside the main
+product, and so do transforms other than one smoothing followed by one Hadamard rotation of blocks up to 128. Layers of
+integers that do not fit at all are multiplied by the plain kernel (plain.py).
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def misfit(layout: Layout, matrix: str) -> str | None:
             return (
                 f"the tensor-core kernels multiply 8-bit integers, and the input of {name} is rounded to {activation}"
             )
-        if not groups_fit(activation.group_for(columns), storage.group, columns):
+        if span_of(activation.group_for(columns), storage.group, columns) is None:
             return (
-                f"the tensor-core kernels scale 64 columns at a time, and {name} has groups of {storage.group} "
+                f"the tensor-core kernels scale 64 or 128 columns at a time, and {name} has groups of {storage.group} "
                 f"with inputs in groups of {activation.group_for(columns)}"
             )
         if columns > _LARGEST_INN:
@@ -78,14 +78,23 @@ def integers_fit(layout: Layout) -> bool:
     return isinstance(storage.format, IntegerFormat) and storage.format.bits <= 8 and storage.group >= columns > GROUP
 
 
-def groups_fit(input_group: int, weight_group: int, columns: int) -> bool:
-    """Whether every run of 64 columns is one segment of the product, and the quantizer has such input groups."""
+Span = Literal[1, 2]
+"""Groups of 64 columns that have one scale on either side."""
+
+
+def span_of(input_group: int, weight_group: int, columns: int) -> Span | None:
+    """How many 64s a segment of the product has, where all have as many and the quantizer has such input groups."""
     if columns <= GROUP:
-        return min(input_group, weight_group) >= columns
+        return 1 if min(input_group, weight_group) >= columns else None
     whole_input, whole_weight = input_group >= columns, weight_group >= columns
-    if not (whole_input or input_group == GROUP) or not (whole_weight or weight_group % GROUP == 0):
-        return False
-    return GROUP in (input_group, weight_group)
+    if whole_input and whole_weight:
+        return 2 if columns <= 2 * GROUP else None
+    if not (whole_input or input_group in (GROUP, 2 * GROUP)) or not (whole_weight or weight_group % GROUP == 0):
+        return None
+    if GROUP in (input_group, weight_group):
+        return 1
+    fits = 2 * GROUP in (input_group, weight_group) and (whole_weight or weight_group % (2 * GROUP) == 0)
+    return 2 if fits else None
 
 
 def branch_fits(layout: Layout) -> bool:
@@ -101,7 +110,8 @@ class Plan:
     """A layer as its programs see it. `factors` says what the input meets before the rotation, `block` is that's size.
 
     `integers` says that the main product's sums stay integers; `fused` is False where torch has to transform the input
-    first; `rank_groups` 0 means no branch in the kernels.
+    first; `rank_groups` 0 means no branch in the kernels. Spans: of the groups of the main activation, the branch's and
+    the thin rows', and of the segments of the products with the main weight, `down` and `up`.
     """
 
     out: int
@@ -117,16 +127,22 @@ class Plan:
     branch_top: int
     branch_whole: bool
     thin_whole: bool
+    input_span: Span = 1
+    branch_input_span: Span = 1
+    thin_span: Span = 1
+    span: Span = 1
+    down_span: Span = 1
+    up_span: Span = 1
 
     @property
     def groups(self) -> int:
-        """Groups of 64 columns."""
-        return padded(self.inn, GROUP) // GROUP
+        """Groups of 64 columns, filled up to whole spans."""
+        return padded(self.inn, GROUP * max(self.span, self.down_span)) // GROUP
 
     @property
     def rank_groups(self) -> int:
-        """Groups of 64 thin columns."""
-        return padded(self.rank, GROUP) // GROUP
+        """Groups of 64 thin columns, filled up to whole spans."""
+        return padded(self.rank, GROUP * max(self.up_span, self.thin_span)) // GROUP
 
     @property
     def padded_out(self) -> int:
@@ -135,7 +151,9 @@ class Plan:
 
     def for_hopper(self, architecture: str) -> bool:
         """Whether Hopper's own product takes the layer: with integer sums always, else where "90a" asks for it."""
-        return self.weight_bits == 4 and (architecture == "90a" or (self.integers and architecture == "90"))
+        if self.weight_bits != 4 or self.span != 1 or self.up_span != 1:
+            return False
+        return architecture == "90a" or (self.integers and architecture == "90")
 
     def native(self, architecture: str) -> bool:
         """Whether the main product runs on 4-bit integers on both sides."""
@@ -162,6 +180,12 @@ class Plan:
             branch_top=_top(thin) if branch else _top(main),
             branch_whole=_whole(thin, layout.inn) if branch else _whole(main, layout.inn),
             thin_whole=branch and _whole(thin, layout.rank),
+            input_span=_input_span(main, layout.inn),
+            branch_input_span=_input_span(thin if branch else main, layout.inn),
+            thin_span=_input_span(thin, layout.rank) if branch else 1,
+            span=1 if integers_fit(layout) else _span(layout, "main"),
+            down_span=_span(layout, "down") if branch else 1,
+            up_span=_span(layout, "up") if branch else 1,
         )
 
 
@@ -174,6 +198,20 @@ def _top(activation: Activation) -> int:
 def _whole(activation: Activation, columns: int) -> bool:
     """Whether an activation has one scale a token, and this takes more than a group's largest magnitude."""
     return columns > GROUP and activation.group_for(columns) >= columns
+
+
+def _input_span(activation: Activation, columns: int) -> Span:
+    """How many 64s a group of an activation that fits has, where it is not all columns."""
+    return 2 if GROUP < activation.group_for(columns) < columns else 1
+
+
+def _span(layout: Layout, matrix: str) -> Span:
+    """The span of a product that fits."""
+    storage, columns = next((each[1], each[3]) for each in layout.matrices() if each[0] == matrix)
+    activation = layout.activation if matrix == "main" else layout.branch_activation
+    found = span_of(activation.group_for(columns), storage.group, columns)
+    assert found is not None, "it fits"
+    return found
 
 
 def transform_chain(layout: Layout) -> list[dict[str, Any]] | None:

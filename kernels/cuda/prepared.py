@@ -64,11 +64,11 @@ class Prepared:
         return cls(
             layout=layout,
             plan=plan,
-            main=_integer_weight(layout, tensors, natural)
+            main=_integer_weight(layout, tensors, plan, natural)
             if plan.integers
-            else _weight(layout, "main", tensors, natural, shifted=not plan.native(architecture)),
-            down=_weight(layout, "down", tensors) if plan.rank else None,
-            up=_weight(layout, "up", tensors, natural) if plan.rank else None,
+            else _weight(layout, "main", tensors, plan.groups, natural, shifted=not plan.native(architecture)),
+            down=_down(layout, tensors, plan) if plan.rank else None,
+            up=_weight(layout, "up", tensors, plan.rank_groups, natural) if plan.rank else None,
             factors=_factors(layout, plan, tensors),
         )
 
@@ -98,25 +98,34 @@ class Prepared:
 
 
 def _weight(
-    layout: Layout, matrix: str, tensors: Mapping[str, Tensor], natural: bool = False, shifted: bool = False
+    layout: Layout,
+    matrix: str,
+    tensors: Mapping[str, Tensor],
+    groups: int,
+    natural: bool = False,
+    shifted: bool = False,
 ) -> Weight:
+    """A matrix as the product takes it, with `groups` groups of 64 columns."""
     coded = layout.coded(matrix, tensors)
     codes, scales, group = coded.format.integer_view(coded)
+    # The branch's `up` is small: its codes take bytes whatever they are.
     nibbles = matrix == "main" and coded.format.bits <= 4
     if nibbles and shifted:
         scales = scales / 16  # exact above 2^-122
-    scales = layouts.group_scales(scales, group, codes.shape[1], ROWS)
-    if matrix == "down":
-        return Weight(layouts.thin_bytes(codes, ROWS), scales)
-    # The branch's `up` is small: its codes take bytes whatever they are.
-    if nibbles:
-        ordered = layouts.natural_nibbles if natural else layouts.output_nibbles
-        return Weight(ordered(codes, ROWS), scales)
-    as_bytes = layouts.natural_bytes if natural else layouts.output_bytes
-    return Weight(as_bytes(codes, ROWS), scales)
+    scales = layouts.group_scales(scales, group, codes.shape[1], ROWS, groups)
+    return Weight(_ordered(codes, groups, nibbles, natural), scales)
 
 
-def _integer_weight(layout: Layout, tensors: Mapping[str, Tensor], natural: bool) -> Weight:
+def _down(layout: Layout, tensors: Mapping[str, Tensor], plan: Plan) -> Weight:
+    """The branch's `down` as the quantizer takes it."""
+    coded = layout.coded("down", tensors)
+    codes, scales, group = coded.format.integer_view(coded)
+    rows = GROUP * plan.rank_groups
+    scales = layouts.group_scales(scales, group, codes.shape[1], rows, plan.groups)
+    return Weight(layouts.thin_bytes(codes, rows, plan.groups), scales)
+
+
+def _integer_weight(layout: Layout, tensors: Mapping[str, Tensor], plan: Plan, natural: bool) -> Weight:
     """The main matrix as codes, an integer a group, and a scale a row; `natural` is the order of columns for wgmma."""
     coded = layout.coded("main", tensors)
     codes, columns = coded.codes, layout.inn
@@ -124,12 +133,18 @@ def _integer_weight(layout: Layout, tensors: Mapping[str, Tensor], natural: bool
         multipliers, row_scales = coded.parts["multipliers"], coded.parts["row_scales"]
     else:
         multipliers, row_scales = torch.ones_like(coded.scales), coded.scales
-    spread = layouts.group_values(multipliers.to(torch.int16), coded.group, columns, ROWS)
-    ordered = layouts.output_nibbles if coded.format.bits <= 4 else layouts.output_bytes
-    if natural:
-        ordered = layouts.natural_nibbles
+    spread = layouts.group_values(multipliers.to(torch.int16), coded.group, columns, ROWS, plan.groups)
     by_row = layouts.group_values(row_scales.to(torch.bfloat16).view(torch.int16), columns, GROUP, ROWS)
-    return Weight(ordered(codes, ROWS), spread, by_row.reshape(-1))
+    return Weight(_ordered(codes, plan.groups, coded.format.bits <= 4, natural), spread, by_row.reshape(-1))
+
+
+def _ordered(codes: Tensor, groups: int, nibbles: bool, natural: bool) -> Tensor:
+    """Codes in the product's order, of 4 bits or of 8; `natural` is the order of columns for wgmma."""
+    if nibbles:
+        ordered = layouts.natural_nibbles if natural else layouts.output_nibbles
+    else:
+        ordered = layouts.natural_bytes if natural else layouts.output_bytes
+    return ordered(codes, ROWS, groups)
 
 
 def _factors(layout: Layout, plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor | None:

@@ -11,7 +11,8 @@ groups, but the warps meet the groups in another: so each sum goes to shared mem
 the token's beside it, and after every 8 groups each thread multiplies and adds up, in order, its 8 places of the thin
 rows (`rank_groups` x 64 columns) that it keeps in registers.
 
-With `whole` or `branch_whole` the scale is the token's: a first pass over x finds the limits.
+With `whole` or `branch_whole` the scale is the token's: a first pass over x finds the limits. With a span of 2 it is of
+both groups, and so may be a segment of the product with `down`, whose sum then runs on through both.
 Rounding is loraq/formats.py's (IntegerFormat.encode), the rotation strategies/pre_transform/hadamard.py's, bit for bit.
 Arguments: x, factors (padded columns,) float32, codes and scales out (matmul.py says how they lie), `down` (groups,
 rank_groups · 4, 1024) int8, thin_bytes of layouts.py, and its scales (groups, rank_groups · 64) bfloat16, thin codes
@@ -33,6 +34,7 @@ import attrs
 
 from . import codes, rows
 from .instructions import MAGIC, MAGIC_FLOAT
+from .plan import Span
 from .program import AbstractProgram
 
 TOKENS, GROUPS_AT_ONCE = 16, 8
@@ -59,6 +61,11 @@ class Quantizer(AbstractProgram):
     branch_top: int
     branch_whole: bool
     thin_whole: bool
+    span: Span = 1
+    """Groups of 64 columns with one scale, in the main activation; of the branch's; in `down`; of thin rows."""
+    branch_span: Span = 1
+    down_span: Span = 1
+    thin_span: Span = 1
     split: bool = False
     """Whether a block takes 8 groups alone, block_y which, and leaves the sums in memory: for few tokens."""
 
@@ -72,14 +79,14 @@ class Quantizer(AbstractProgram):
 
     @property
     def resident(self) -> int:
-        return 2 if self.rank_groups else 4
+        return 2
 
     @property
     def shared_bytes(self) -> int:
         if self.split:
             return 0
         limits = 4 * TOKENS * 4 if self.whole or self.branch_whole else 0
-        return max(limits, GROUPS_AT_ONCE * TOKENS * self.stride * 4)
+        return max(limits, GROUPS_AT_ONCE // self.down_span * TOKENS * self.stride * 4)
 
     @property
     def stride(self) -> int:
@@ -92,26 +99,30 @@ class Quantizer(AbstractProgram):
 
 def _make(gpu: Any, program: Quantizer) -> Callable[..., None]:
     rank_groups, stride = program.rank_groups, program.stride
-    has_branch, same = rank_groups > 0, program.branch_top == program.top and program.branch_whole == program.whole
+    has_branch, span, branch_span = rank_groups > 0, program.span, program.branch_span
+    same = (program.branch_top, program.branch_whole, branch_span) == (program.top, program.whole, span)
     first_pass, whole, branch_whole = program.whole or program.branch_whole, program.whole, program.branch_whole
     load = _load(gpu, program)
     encode = codes.encoder(gpu, program.top)
     encode_branch = encode if same else codes.encoder(gpu, program.branch_top)
     put = _put(gpu, program.native)
     split = program.split
-    multiply = _multiply(gpu, rank_groups * 64 if split else stride, split)
+    down_span = program.down_span
+    multiply = _multiply(gpu, rank_groups * 64 if split else stride, split, down_span)
     add_up, finish = _add_up(gpu, program), _finish(gpu, program)
-    keep_steps = _keep_steps(gpu, stride, split)
+    keep_steps = _keep_steps(gpu, stride, split, down_span)
     largest, token_limits = _largest(gpu), _token_limits(gpu)
     thin_count, kept, registers = rank_groups * 8, max(1, rank_groups * 8), gpu.registers
 
     @gpu.device
     def take(values, limits, words, branch_words, step, side, group, groups, token, padded_tokens, a, scales, member):
         """Round a lane's columns of two groups of a token, and write the main product's codes."""
+        low, high = largest(values, 0), largest(values, 16)
+        both = gpu.fmax(low, high)
         for half in range(2):
             at, here = (side * 2 + half) * 4, gpu.u32(group + half < groups)
-            limit = largest(values, half * 16)
-            scale = encode(values, half * 16, 16, limits[side] if whole else limit, words, at)
+            limit = high if half == 1 else low
+            scale = encode(values, half * 16, 16, limits[side] if whole else both if span == 2 else limit, words, at)
             line = (group + half) * padded_tokens + token
             put(a, line, member, words, at, here)
             first = gpu.u32((group + half < groups) & (member == 0))
@@ -120,7 +131,7 @@ def _make(gpu: Any, program: Quantizer) -> Callable[..., None]:
                 if same:
                     step[side * 2 + half] = scale
                 else:
-                    reached = limits[side] if branch_whole else limit
+                    reached = limits[side] if branch_whole else both if branch_span == 2 else limit
                     step[side * 2 + half] = encode_branch(values, half * 16, 16, reached, branch_words, at)
 
     def kernel(
@@ -155,21 +166,21 @@ def _make(gpu: Any, program: Quantizer) -> Callable[..., None]:
             load(x, factors, token, tokens, column, inn, values, lane)
             take(values, limits, words, branch_words, step, 1, group, groups, token, padded_tokens, a, scales, member)
             if has_branch:
-                codes_of, slot = words if same else branch_words, warp * 2
+                codes_of, slot, here = words if same else branch_words, warp * 2 // down_span, gpu.u32(group < groups)
                 if split:
-                    place = thin + gpu.u64((group * padded_tokens + first_token) * (rank_groups * 256))
+                    place = thin + gpu.u64((group // down_span * padded_tokens + first_token) * (rank_groups * 256))
                     beyond = place + gpu.u64(padded_tokens * (rank_groups * 256))
                 else:
                     place = memory + slot * (16 * stride * 4)
                     beyond = place + 16 * stride * 4
                 keep_steps(place, thin_scales, step, group, groups, first_token, padded_tokens, row, member)
-                here = gpu.u32(group < groups)
                 multiply(down, down_scales, group, columns, codes_of, 0, place, row, member, here)
-                here = gpu.u32(group + 1 < groups)
-                multiply(down, down_scales, group + 1, columns, codes_of, 1, beyond, row, member, here)
+                if down_span == 1:
+                    here = gpu.u32(group + 1 < groups)
+                    multiply(down, down_scales, group + 1, columns, codes_of, 1, beyond, row, member, here)
                 if not split:
                     gpu.barrier()
-                    add_up(memory, sums, min(8, groups - base), thread)
+                    add_up(memory, sums, min(8, groups - base) // down_span, thread)
                     gpu.barrier()
         if has_branch and not split:
             finish(sums, thin, thin_scales, first_token, padded_tokens, thread)
@@ -280,12 +291,12 @@ def _put(gpu: Any, native: bool) -> Any:
     return put
 
 
-def _multiply(gpu: Any, stride: int, split: bool) -> Any:
-    """A function that multiplies a group's codes with `down` and leaves the sums, times its scales, at `place`.
+def _multiply(gpu: Any, stride: int, split: bool, span: Span) -> Any:
+    """A function that multiplies the codes of a span with `down` and leaves the sums, times its scales, at `place`.
 
     That is in shared memory, or in global memory with `split`; `stride` floats lie between a token's and the next's.
     """
-    less, start = -MAGIC_FLOAT, MAGIC
+    less, start, two_groups = -MAGIC_FLOAT, MAGIC, span == 2
 
     @gpu.device
     def keep_global(place, at, first, second, here):
@@ -298,16 +309,22 @@ def _multiply(gpu: Any, stride: int, split: bool) -> Any:
     keep = keep_global if split else keep_shared
 
     @gpu.device
-    def tile(codes, scales, words, half, place, at, here):
-        """16 thin columns of 16 tokens; the sums begin at matmul.py's number."""
+    def product(codes, words, b, here, c):
+        """16 thin columns of 8 tokens over a group, on top of the sums `c`."""
         one, two = gpu.ldg128_if(codes, here), gpu.ldg128_if(codes + gpu.u64(512), here)
+        c = gpu.mma_s8(one[0], one[1], one[2], one[3], words[b], words[b + 1], c[0], c[1], c[2], c[3])
+        return gpu.mma_s8(two[0], two[1], two[2], two[3], words[b + 2], words[b + 3], c[0], c[1], c[2], c[3])
+
+    @gpu.device
+    def tile(codes, scales, plane, words, half, place, at, here):
+        """16 thin columns of 16 tokens; the sums begin at matmul.py's number."""
         pair, s = gpu.ldg32_if(scales, here), gpu.s32(start)
         low, high = gpu.as_float(gpu.u32(pair << 16)), gpu.as_float(gpu.u32(pair & 0xFFFF0000))
         low_less, high_less = gpu.fmul(low, gpu.f32(less)), gpu.fmul(high, gpu.f32(less))
         for side in range(2):
-            b = side * 8 + half * 4
-            c = gpu.mma_s8(one[0], one[1], one[2], one[3], words[b], words[b + 1], s, s, s, s)
-            c = gpu.mma_s8(two[0], two[1], two[2], two[3], words[b + 2], words[b + 3], c[0], c[1], c[2], c[3])
+            c = product(codes, words, side * 8 + half * 4, here, (s, s, s, s))
+            if two_groups:
+                c = product(codes + plane, words, side * 8 + half * 4 + 4, here, c)
             for token in range(2):
                 first = gpu.fma(gpu.as_float(gpu.as_unsigned(c[token])), low, low_less)
                 second = gpu.fma(gpu.as_float(gpu.as_unsigned(c[2 + token])), high, high_less)
@@ -315,29 +332,31 @@ def _multiply(gpu: Any, stride: int, split: bool) -> Any:
 
     @gpu.device
     def multiply(down, down_scales, group, columns, words, half, place, row, member, here):
+        plane = gpu.u64(columns * 64)
         codes = down + gpu.u64(group * columns * 64 + (row * 4 + member) * 16)
         scales = down_scales + gpu.u64((group * columns + row * 2) * 2)
         at = gpu.s32((member * 2 * stride + row * 2) * 4)
         # `columns` is an argument so that the compiler does not unroll this loop, read everything first and spill.
         for _ in range(0, columns, 32):
-            tile(codes, scales, words, half, place, at, here)
-            tile(codes + gpu.u64(1024), scales + gpu.u64(32), words, half, place, at + 64, here)
+            tile(codes, scales, plane, words, half, place, at, here)
+            tile(codes + gpu.u64(1024), scales + gpu.u64(32), plane, words, half, place, at + 64, here)
             codes, scales, at = codes + gpu.u64(2048), scales + gpu.u64(64), gpu.s32(at + 128)
 
     return multiply
 
 
-def _keep_steps(gpu: Any, stride: int, split: bool) -> Any:
+def _keep_steps(gpu: Any, stride: int, split: bool, span: Span) -> Any:
     """A function that leaves the scales of two groups' 16 tokens: behind the thin rows, or in memory with `split`."""
+    terms = 2 // span
 
     @gpu.device
     def keep_steps(place, steps, step, group, groups, first_token, padded_tokens, row, member):
         for side in range(2):
-            for half in range(2):
+            for half in range(terms):
                 scale, token = gpu.bits(step[side * 2 + half]), row + side * 8
                 if split:
                     here = gpu.u32((member == 0) & (group + half < groups))
-                    line = (group + half) * padded_tokens + first_token
+                    line = (group // span + half) * padded_tokens + first_token
                     gpu.stg32_if(steps + gpu.u64((line + token) * 4), scale, here)
                 else:
                     at = place + ((half * 16 + token) * stride + stride - 4) * 4
@@ -368,6 +387,7 @@ def _add_up(gpu: Any, program: Quantizer) -> Any:
 def _finish(gpu: Any, program: Quantizer) -> Any:
     """A function that rounds the thin rows and writes their codes and scales; eight threads hold a row."""
     rank_groups, whole, encode = program.rank_groups, program.thin_whole, codes.encoder(gpu, program.branch_top)
+    pairs = program.thin_span == 2
     kept, registers = max(1, rank_groups), gpu.registers
 
     @gpu.device
@@ -390,6 +410,8 @@ def _finish(gpu: Any, program: Quantizer) -> Any:
                 limits[0] = gpu.fmax(limits[0], limits[group])
         for group in range(rank_groups):
             limit = limits[0] if whole else limits[group]
+            if pairs:
+                limit = gpu.fmax(limit, limits[group ^ 1])
             scale = encode(sums, group * 8, 8, limit, words, 0)
             line = group * padded_tokens + token
             for half in range(2):

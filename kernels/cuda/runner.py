@@ -81,7 +81,8 @@ class Way:
         split = size <= Size.SOME or plan.rank_groups > KEPT_RANK_GROUPS
         # Integer sums and Hopper's own product have no kernel for few tokens; theirs takes any number.
         scaled = not plan.integers and not plan.for_hopper(architecture)
-        wide = size == Size.PLENTY and scaled and architecture in WIDE_ARCHITECTURES
+        narrow = plan.span > 1 or plan.up_span > 1
+        wide = size == Size.PLENTY and scaled and not narrow and architecture in WIDE_ARCHITECTURES
         return cls(split=split and not whole, skinny=size == Size.FEW and scaled, wide=wide)
 
     def rows(self, tokens: int) -> int:
@@ -115,13 +116,18 @@ class Programs:
             branch_top=plan.branch_top,
             branch_whole=plan.branch_whole,
             thin_whole=plan.thin_whole,
+            span=plan.input_span,
+            branch_span=plan.branch_input_span,
+            down_span=plan.down_span,
+            thin_span=plan.thin_span,
             split=way.split,
         )
         thin = None
         if way.split and plan.rank:
-            thin = Thin(rank_groups=plan.rank_groups, top=plan.branch_top, whole=plan.thin_whole)
+            thin = Thin(plan.rank_groups, plan.branch_top, plan.thin_whole, plan.thin_span)
         if way.skinny:
-            return cls(quantizer, thin, Skinny(plan.weight_bits, native, plan.rank > 0, bias, KINDS[output]))
+            spans = plan.span, plan.up_span
+            return cls(quantizer, thin, Skinny(plan.weight_bits, native, plan.rank > 0, bias, KINDS[output], *spans))
         if plan.for_hopper(architecture):
             return cls(quantizer, thin, Hopper(plan.integers, plan.rank > 0, bias, KINDS[output], aligned))
         product = Matmul(
@@ -133,6 +139,8 @@ class Programs:
             aligned=aligned,
             integers=plan.integers,
             wide=way.wide,
+            span=plan.span,
+            up_span=plan.up_span,
         )
         return cls(quantizer, thin, product.fitted(architecture))
 
@@ -167,8 +175,9 @@ class Runner:
         scales_at = thin_at + rank_groups * 64
         thin_scales_at = scales_at + groups * 4
         terms_at = thin_scales_at + rank_groups * 4
-        steps_at = terms_at + groups * rank_groups * 256
-        self._row_bytes = terms_at if programs.thin is None else steps_at + groups * 4
+        terms = groups // plan.down_span
+        steps_at = terms_at + terms * rank_groups * 256
+        self._row_bytes = terms_at if programs.thin is None else steps_at + terms * 4
         thin_parts = ((6, thin_at), (7, thin_scales_at)) if programs.thin is None else ((6, terms_at), (7, steps_at))
         self._quantizer_parts = ((2, 0), (3, scales_at), *thin_parts)
         self._thin_parts = ((0, terms_at), (1, steps_at), (2, thin_at), (3, thin_scales_at))
@@ -186,9 +195,10 @@ class Runner:
         )
         self._thin = None
         if programs.thin is not None:
-            self._thin = device.launch(programs.thin, [empty, empty, empty, empty, 0, plan.groups])
+            self._thin = device.launch(programs.thin, [empty, empty, empty, empty, 0, terms])
         given = [empty, empty, main.codes, main.scales, empty, empty, up_codes, up_scales, empty, empty]
-        sizes = [0, 0, plan.out, plan.padded_out, plan.groups, plan.rank_groups]
+        # The product counts its stages: a span each.
+        sizes = [0, 0, plan.out, plan.padded_out, plan.groups // plan.span, plan.rank_groups // plan.up_span]
         if not way.skinny:
             given.append(empty if main.row_scales is None else main.row_scales)
         self._sizes_at = len(given)

@@ -18,6 +18,7 @@ from typing import Any
 import attrs
 
 from . import codes
+from .plan import Span
 from .program import AbstractProgram
 
 TOKENS = 4
@@ -26,11 +27,12 @@ TOKENS = 4
 
 @attrs.frozen
 class Thin(AbstractProgram):
-    """Configuration: 64s of columns, the largest code, and whether a token has one scale."""
+    """Configuration: 64s of columns, the largest code, whether a token has one scale, else how many 64s have one."""
 
     rank_groups: int
     top: int
     whole: bool
+    span: Span = 1
 
     @property
     def operands(self) -> str:
@@ -53,7 +55,7 @@ class Thin(AbstractProgram):
 
 
 def _make(gpu: Any, program: Thin) -> Callable[..., None]:
-    rank_groups, whole, registers = program.rank_groups, program.whole, gpu.registers
+    rank_groups, whole, registers, pairs = program.rank_groups, program.whole, gpu.registers, program.span == 2
     kept, read = rank_groups * 2, rank_groups * 16
     encode = codes.encoder(gpu, program.top)
 
@@ -94,7 +96,10 @@ def _make(gpu: Any, program: Thin) -> Callable[..., None]:
                 # Two lanes' columns make a word: the even lane writes its own and its neighbour's.
                 values[place] = sums[part * 2 + place]
                 values[2 + place] = gpu.as_float(gpu.lane_xor_1(gpu.bits(sums[part * 2 + place])))
-            scale = encode(values, 0, 4, limits[0] if whole else limits[part], words, 0)
+            limit = limits[0] if whole else limits[part]
+            if pairs:
+                limit = gpu.fmax(limit, limits[part ^ 1])
+            scale = encode(values, 0, 4, limit, words, 0)
             line = part * padded_tokens + token
             gpu.stg32_if(thin + gpu.u64(line * 64 + lane * 2), words[0], gpu.u32((lane & 1) == 0))
             gpu.stg32_if(thin_scales + gpu.u64(line * 4), gpu.bits(scale), gpu.u32(lane == 0))

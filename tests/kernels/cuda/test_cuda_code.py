@@ -13,7 +13,7 @@ import pytest
 from loraq.kernels.cuda import build, cache, toolchain
 from loraq.kernels.cuda.device import blocks_by_shared, native_int4
 from loraq.kernels.cuda.hopper import Hopper
-from loraq.kernels.cuda.matmul import Matmul
+from loraq.kernels.cuda.matmul import WIDE_ARCHITECTURES, Matmul
 from loraq.kernels.cuda.plain import Plain
 from loraq.kernels.cuda.program import AbstractProgram, name
 from loraq.kernels.cuda.quantizer import Quantizer
@@ -46,14 +46,22 @@ COMMON: list[AbstractProgram] = [
     matmul(integers=True, branch=True),
     matmul(wide=True),
     matmul(wide=True, branch=False),
+    matmul(span=2, up_span=2),
+    matmul(span=2, weight_bits=8, bias=False),
     quantizer(),
+    quantizer(rank_groups=0),
+    quantizer(top=127, rank_groups=0, block=1, factors="none"),
     quantizer(top=127, rank_groups=1, branch_top=127, factors="divide"),
     quantizer(rank_groups=2, input="float32", aligned=False, whole=True, thin_whole=True),
     quantizer(rank_groups=6, split=True),
+    quantizer(span=2, branch_span=2, down_span=2),
+    quantizer(span=2, branch_span=2, down_span=2, thin_span=2, rank_groups=6, split=True),
     Thin(rank_groups=2, top=127, whole=False),
     Thin(rank_groups=6, top=127, whole=True),
+    Thin(rank_groups=6, top=127, whole=False, span=2),
     Skinny(weight_bits=4, native=False, branch=True, bias=True, output="bfloat16"),
     Skinny(weight_bits=8, native=False, branch=False, bias=False, output="float32"),
+    Skinny(weight_bits=4, native=False, branch=True, bias=True, output="bfloat16", span=2, up_span=2),
     Plain(8, 4),
     Plain(16, 16),
 ]
@@ -61,6 +69,7 @@ NATIVE: list[AbstractProgram] = [
     matmul(native=True),
     matmul(native=True, integers=True),
     matmul(native=True, wide=True),
+    matmul(native=True, span=2),
     quantizer(native=True),
     Skinny(weight_bits=4, native=True, branch=True, bias=True, output="bfloat16"),
 ]
@@ -75,6 +84,7 @@ CASES = [pytest.param(each, "90a", id=f"Hopper{place}-sm_90a") for place, each i
     pytest.param(program, architecture, id=f"{type(program).__name__}{place}-sm_{architecture}")
     for architecture in ("80", "86", "89", "90", "100", "120")
     for place, program in enumerate(COMMON + (NATIVE if native_int4(architecture) else []))
+    if architecture in WIDE_ARCHITECTURES or not getattr(program, "wide", False)
 ]
 
 
@@ -91,7 +101,7 @@ def test_everything_stays_in_registers(program: AbstractProgram, architecture: s
     assert found.registers * program.threads * program.resident <= REGISTERS
     if isinstance(program, Matmul):
         assert ("m16n8k64.row.col.s32.s4" in found.ptx) == program.native
-    if isinstance(program, Matmul | Quantizer | Skinny):  # the branch's product, if no other
+    if isinstance(program, Matmul | Skinny) or (isinstance(program, Quantizer) and program.rank_groups):
         assert "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32" in found.ptx
     # What must round by itself is not fused by the compiler: every fma is one of ours.
     assert not re.search(

@@ -60,7 +60,7 @@ def tensor_core_layouts(draw: st.DrawFn) -> Layout:
     def activation() -> Any:
         return {
             "format": draw(st.sampled_from(["int4", "int6", "int8"])),
-            "group": draw(st.sampled_from([64, "token"])),
+            "group": draw(st.sampled_from([64, 128, "token"])),
         }
 
     first = activation()
@@ -72,6 +72,7 @@ def tensor_core_layouts(draw: st.DrawFn) -> Layout:
         branch=draw(st.sampled_from(["int4", "int6", "int8"])),
         activation=first,
         branch_activation=draw(st.one_of(st.just(first), st.builds(activation))),
+        group=draw(st.sampled_from([64, 128])),
         transforms=draw(st.sampled_from(FUSED)),
     )
     assert plan.misfit(layout, "main") is None
@@ -123,6 +124,25 @@ class TestWays:
     @pytest.mark.parametrize("tokens", [129, 200])
     def test_more_tokens_than_a_block(self, tokens: int) -> None:
         agrees(layout_of(70, 64, 8), tokens)
+
+    @pytest.mark.parametrize("architecture", ["86", "90", "90a"])
+    @pytest.mark.parametrize("rank", [0, 100, 200])
+    @pytest.mark.parametrize("group", [128, "token"])
+    @pytest.mark.parametrize("tokens", [3, 20, 130])
+    def test_groups_of_128_columns(
+        self, architecture: str, rank: int, group: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A segment is two groups of 64, also where the columns are not whole segments."""
+        monkeypatch.setattr(runner, "SPLIT_TOKENS", 20)
+        first, second = {"format": "int4", "group": group}, {"format": "int8", "group": group}
+        layout = layout_of(
+            70, 64 * 6 + 70, rank, activation=first, branch_activation=second, group=128, transforms=(SIGNED,)
+        )
+        planned = plan.Plan.of(layout)
+        assert planned.span == 2
+        assert bool(planned.rank) == (rank > 0 and (rank <= 128 or group == 128))
+        found = agrees(layout, tokens, architecture=architecture, dtype=torch.bfloat16)
+        assert found[-1] == ("Skinny" if tokens == 3 else "Matmul")
 
     @pytest.mark.parametrize("architecture", ["80", "86", "90"])
     @pytest.mark.parametrize("activation", ["int4", "int8"])
