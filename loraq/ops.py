@@ -46,7 +46,7 @@ from loraq.layout import Layout
 _EXACT_FLOAT32 = 2**24
 """Integers up to this are exact in float32, so that a float matmul of integers is exact in any order of sums."""
 _AT_ONCE = {"cpu": 2**18}
-"""Numbers that `multiply_add` takes at a time, by device; 2^24 elsewhere."""
+"""Numbers that `multiply_add` takes at a time, by device; 2^22 elsewhere."""
 
 
 _LAYOUTS: dict[str, Layout] = {}
@@ -197,9 +197,9 @@ def multiply_add(first: Tensor, second: Tensor, total: Tensor) -> Tensor:
     that rounding it again to float32 is as if it had been rounded once (Boldo and Melquiond, "Emulation of a FMA and
     correctly rounded sums: proved algorithms using rounding to odd", 2008). A device without float64 rounds twice.
     """
-    if total.device.type == "mps":
+    if not _has_float64(total.device):
         return total + first * second
-    rows = max(1, _AT_ONCE.get(total.device.type, 2**24) // total.shape[1])
+    rows = max(1, _AT_ONCE.get(total.device.type, 2**22) // total.shape[1])
     if len(total) > rows:  # the many float64 on the way would not stay in a cache, nor perhaps in memory
         parts = zip(*(torch.split(each, rows) for each in (first, second, total)), strict=True)
         return torch.cat([multiply_add(*each) for each in parts])
@@ -210,6 +210,16 @@ def multiply_add(first: Tensor, second: Tensor, total: Tensor) -> Tensor:
     nudged = torch.nextafter(sum, torch.copysign(torch.full_like(sum, torch.inf), error))
     keep = (sum.view(torch.int64) & 1).bool() | ~(error.abs() > 0)
     return torch.where(keep, sum, nudged).float()
+
+
+@functools.cache
+def _has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; Apple's GPUs and some of Intel's do not."""
+    try:
+        torch.ones((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def _magnitude(dtype: torch.dtype) -> int:

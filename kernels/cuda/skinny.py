@@ -64,9 +64,10 @@ class Skinny(AbstractProgram):
 
 def _make(gpu: Any, program: Skinny) -> Callable[..., None]:
     branch, has_bias, registers = program.branch, program.bias, gpu.registers
-    read_main, multiply_main = _group(gpu, program.weight_bits, program.native, program.span)
-    read_branch, multiply_branch = _group(gpu, 8, False, program.up_span)
-    terms, up_terms, at_once = 2 // program.span, 2 // program.up_span, 16 // program.span
+    span, up_span = program.span, program.up_span
+    read_main, multiply_main = _group(gpu, program.weight_bits, program.native, span)
+    read_branch, multiply_branch = _group(gpu, 8, False, up_span)
+    terms, up_terms, at_once = 2 // span, 2 // up_span, 16 // span
     put = rows.single_store(gpu, program.output)
     stride, round_bytes = _STRIDE, _ROUND
 
@@ -78,37 +79,21 @@ def _make(gpu: Any, program: Skinny) -> Callable[..., None]:
         return gpu.fma(gpu.as_float(term), gpu.as_float(scale), total)
 
     def kernel(
-        a,
-        a_scales,
-        w,
-        w_scales,
-        thin,
-        thin_scales,
-        up,
-        up_scales,
-        bias,
-        y,
-        tokens,
-        padded_tokens,
-        out,
-        padded_out,
-        groups,
-        branch_groups,
-    ):
+        a, a_scales, w, w_scales, thin, thin_scales, up, up_scales, bias, y,
+        tokens, padded_tokens, out, padded_out, groups, branch_groups
+    ):  # fmt: skip
         thread = gpu.thread()
         lane, warp = thread & 31, thread >> 5
         memory, block = gpu.shared(), gpu.block_x()
         b, following = registers(16, gpu.u32), registers(16, gpu.u32)
-        planes = groups * (2 // terms)
+        planes, up_planes = groups * span, branch_groups * up_span
         for half in range(2):
             read_main(w, warp * 2 + half, planes, block, padded_out, lane, b, half * 8)
         total, turn = gpu.f32(0), 0
         for base in range(0, groups, at_once):
             for half in range(2):
-                read_main(
-                    w, (base + at_once) * (2 // terms) + warp * 2 + half, planes, block, padded_out, lane,
-                    following, half * 8,
-                )  # fmt: skip
+                plane = base * span + 16 + warp * 2 + half
+                read_main(w, plane, planes, block, padded_out, lane, following, half * 8)
             for half in range(terms):
                 slot = warp * terms + half
                 place = memory + turn * round_bytes + slot * (16 * stride * 4)
@@ -121,7 +106,7 @@ def _make(gpu: Any, program: Skinny) -> Callable[..., None]:
             turn = 1 - turn
         if branch:
             for half in range(2):
-                read_branch(up, warp * 2 + half, branch_groups * (2 // up_terms), block, padded_out, lane, b, half * 8)
+                read_branch(up, warp * 2 + half, up_planes, block, padded_out, lane, b, half * 8)
             for half in range(up_terms):
                 slot = warp * up_terms + half
                 place = memory + turn * round_bytes + slot * (16 * stride * 4)
