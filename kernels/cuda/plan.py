@@ -1,11 +1,11 @@
 """Which layers the kernels take, and what their programs must know of a layer: all that follows from its layout.
 
-The tensor cores multiply integers of at most 8 bits, 64 or 128 columns of one scale at a time: a span of one or two
-groups of 64. So of each product one side has such groups and the other the same, multiples of them, or one scale a row;
-a product of at most 128 columns may have any larger group. Where both sides have one scale a row, or the weight is
-int4x2 and the input has one scale a token, sums stay integers. A branch that does not fit runs in torch beside the main
-product, and so do transforms other than one smoothing followed by one Hadamard rotation of blocks up to 128. Layers of
-integers that do not fit at all are multiplied by the plain kernel (plain.py).
+The tensor cores multiply integers of at most 8 bits, whatever their format, 64 or 128 columns of one scale at a time: a
+span of one or two groups of 64. So of each product one side has such groups and the other the same, multiples of them,
+or one scale a row; a product of at most 128 columns may have any larger group. Where both sides have one scale a row,
+or the weight is int4x2 and the input has one scale a token, sums stay integers. A branch that does not fit runs in
+torch beside the main product, and so do transforms other than one smoothing followed by one Hadamard rotation of blocks
+up to 128. Layers of integers that do not fit at all are multiplied by the plain kernel (plain.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
+from loraq.composite_formats import MixedWidthFormat
 from loraq.errors import RegistryError
 from loraq.formats import IntegerFormat
-from loraq.integer_formats import TwoLevelIntegerFormat
+from loraq.integer_formats import AsymmetricFormat, TernaryFormat, TwoLevelIntegerFormat
 from loraq.layout import strategy_to_plain
 
 from .device import native_int4
@@ -25,8 +26,8 @@ from .layouts import GROUP, padded
 
 if TYPE_CHECKING:
     from loraq.activation import Activation
-    from loraq.contracts import AbstractPreTransform
-    from loraq.layout import Layout
+    from loraq.contracts import AbstractFormat, AbstractPreTransform
+    from loraq.layout import Layout, Storage
 
 SMOOTHINGS = ("smooth", "smooth_calibrated", "smooth_closed_form")
 """Transforms whose online part is `scales`, which the input is divided by."""
@@ -50,20 +51,36 @@ def misfit(layout: Layout, matrix: str) -> str | None:
         activation = layout.activation if name == "main" else layout.branch_activation
         if name == "main" and integers_fit(layout):
             return None
-        if not isinstance(storage.format, IntegerFormat) or storage.format.bits > 8:
+        if code_bits(storage.format) is None:
             return f"the tensor-core kernels multiply 8-bit integers, and the {name} matrix is {storage.format.name}"
         if not isinstance(activation.format, IntegerFormat) or activation.format.bits > 8:
             return (
                 f"the tensor-core kernels multiply 8-bit integers, and the input of {name} is rounded to {activation}"
             )
-        if span_of(activation.group_for(columns), storage.group, columns) is None:
+        group = _scale_group(storage, columns)
+        if span_of(activation.group_for(columns), group, columns) is None:
             return (
-                f"the tensor-core kernels scale 64 or 128 columns at a time, and {name} has groups of {storage.group} "
+                f"the tensor-core kernels scale 64 or 128 columns at a time, and {name} has groups of {group} "
                 f"with inputs in groups of {activation.group_for(columns)}"
             )
         if columns > _LARGEST_INN:
             return f"the tensor-core kernels take at most {_LARGEST_INN} columns, and {name} has {columns}"
     return None
+
+
+def code_bits(format: AbstractFormat) -> Literal[4, 8] | None:
+    """In how many bits the kernels hold a format's integers (its `integer_view`); None where 8 are too few."""
+    if isinstance(format, IntegerFormat):
+        return 4 if format.bits <= 4 else 8 if format.bits <= 8 else None
+    if isinstance(format, TernaryFormat):
+        return 4
+    fits = isinstance(format, MixedWidthFormat | TwoLevelIntegerFormat)
+    return 8 if fits or (isinstance(format, AsymmetricFormat) and format.bits < 8) else None
+
+
+def _scale_group(storage: Storage, columns: int) -> int:
+    """Columns with one scale in a format's `integer_view`."""
+    return columns if isinstance(storage.format, TwoLevelIntegerFormat) else storage.group
 
 
 def integers_fit(layout: Layout) -> bool:
@@ -170,7 +187,7 @@ class Plan:
             out=layout.out,
             inn=layout.inn,
             rank=layout.rank if branch else 0,
-            weight_bits=4 if layout.main.format.bits <= 4 else 8,
+            weight_bits=4 if integers_fit(layout) and layout.main.format.bits <= 4 else _code_bits(layout),
             integers=integers_fit(layout),
             fused=chain is not None,
             factors=_factors(chain or []),
@@ -200,6 +217,12 @@ def _whole(activation: Activation, columns: int) -> bool:
     return columns > GROUP and activation.group_for(columns) >= columns
 
 
+def _code_bits(layout: Layout) -> Literal[4, 8]:
+    found = code_bits(layout.main.format)
+    assert found is not None, "it fits"
+    return found
+
+
 def _input_span(activation: Activation, columns: int) -> Span:
     """How many 64s a group of an activation that fits has, where it is not all columns."""
     return 2 if GROUP < activation.group_for(columns) < columns else 1
@@ -209,7 +232,7 @@ def _span(layout: Layout, matrix: str) -> Span:
     """The span of a product that fits."""
     storage, columns = next((each[1], each[3]) for each in layout.matrices() if each[0] == matrix)
     activation = layout.activation if matrix == "main" else layout.branch_activation
-    found = span_of(activation.group_for(columns), storage.group, columns)
+    found = span_of(activation.group_for(columns), _scale_group(storage, columns), columns)
     assert found is not None, "it fits"
     return found
 

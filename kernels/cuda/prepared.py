@@ -66,9 +66,9 @@ class Prepared:
             plan=plan,
             main=_integer_weight(layout, tensors, plan, natural)
             if plan.integers
-            else _weight(layout, "main", tensors, plan.groups, natural, shifted=not plan.native(architecture)),
+            else _main(layout, tensors, plan, natural, shifted=not plan.native(architecture)),
             down=_down(layout, tensors, plan) if plan.rank else None,
-            up=_weight(layout, "up", tensors, plan.rank_groups, natural) if plan.rank else None,
+            up=_up(layout, tensors, plan, natural) if plan.rank else None,
             factors=_factors(layout, plan, tensors),
         )
 
@@ -97,32 +97,35 @@ class Prepared:
         return padded
 
 
-def _weight(
-    layout: Layout,
-    matrix: str,
-    tensors: Mapping[str, Tensor],
-    groups: int,
-    natural: bool = False,
-    shifted: bool = False,
-) -> Weight:
-    """A matrix as the product takes it, with `groups` groups of 64 columns."""
-    coded = layout.coded(matrix, tensors)
-    codes, scales, group = coded.format.integer_view(coded)
-    # The branch's `up` is small: its codes take bytes whatever they are.
-    nibbles = matrix == "main" and coded.format.bits <= 4
+def _main(layout: Layout, tensors: Mapping[str, Tensor], plan: Plan, natural: bool, shifted: bool) -> Weight:
+    """The main matrix; `shifted` where the kernels shift its 4-bit codes."""
+    codes, scales, group = _integers(layout, "main", tensors)
+    nibbles = plan.weight_bits == 4
     if nibbles and shifted:
         scales = scales / 16  # exact above 2^-122
-    scales = layouts.group_scales(scales, group, codes.shape[1], ROWS, groups)
-    return Weight(_ordered(codes, groups, nibbles, natural), scales)
+    scales = layouts.group_scales(scales, group, codes.shape[1], ROWS, plan.groups)
+    return Weight(_ordered(codes, plan.groups, nibbles, natural), scales)
+
+
+def _up(layout: Layout, tensors: Mapping[str, Tensor], plan: Plan, natural: bool) -> Weight:
+    """The branch's `up`, which is small: its codes take bytes whatever they are."""
+    codes, scales, group = _integers(layout, "up", tensors)
+    scales = layouts.group_scales(scales, group, codes.shape[1], ROWS, plan.rank_groups)
+    return Weight(_ordered(codes, plan.rank_groups, False, natural), scales)
 
 
 def _down(layout: Layout, tensors: Mapping[str, Tensor], plan: Plan) -> Weight:
     """The branch's `down` as the quantizer takes it."""
-    coded = layout.coded("down", tensors)
-    codes, scales, group = coded.format.integer_view(coded)
+    codes, scales, group = _integers(layout, "down", tensors)
     rows = GROUP * plan.rank_groups
     scales = layouts.group_scales(scales, group, codes.shape[1], rows, plan.groups)
     return Weight(layouts.thin_bytes(codes, rows, plan.groups), scales)
+
+
+def _integers(layout: Layout, matrix: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+    """A matrix's integers (rows, columns) int8, their scales, and the columns that share one."""
+    coded = layout.coded(matrix, tensors)
+    return coded.format.integer_view(coded)
 
 
 def _integer_weight(layout: Layout, tensors: Mapping[str, Tensor], plan: Plan, natural: bool) -> Weight:

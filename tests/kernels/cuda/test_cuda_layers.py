@@ -68,8 +68,8 @@ def tensor_core_layouts(draw: st.DrawFn) -> Layout:
         out,
         inn,
         rank,
-        weight=draw(st.sampled_from(["int2", "int3", "int4", "int6", "int8"])),
-        branch=draw(st.sampled_from(["int4", "int6", "int8"])),
+        weight=draw(st.sampled_from(["int2", "int3", "int4", "int6", "int8", "ternary", "int4_asymmetric", "int4x2"])),
+        branch=draw(st.sampled_from(["int4", "int6", "int8", "ternary", "int4_asymmetric"])),
         activation=first,
         branch_activation=draw(st.one_of(st.just(first), st.builds(activation))),
         group=draw(st.sampled_from([64, 128])),
@@ -144,6 +144,16 @@ class TestWays:
         found = agrees(layout, tokens, architecture=architecture, dtype=torch.bfloat16)
         assert found[-1] == ("Skinny" if tokens == 3 else "Matmul")
 
+    @pytest.mark.parametrize("tokens", [3, 20])
+    @pytest.mark.parametrize(
+        "weight", ["int3_asymmetric", "int4_asymmetric", "int6_asymmetric", "ternary", "int4_mixed", "int4x2"]
+    )
+    def test_formats_whose_integers_fit_a_byte(self, weight: str, tokens: int) -> None:
+        layout = layout_of(70, 200, 9, weight=weight, activation={"format": "int8", "group": 64})
+        planned = plan.Plan.of(layout)
+        assert (planned.weight_bits, planned.integers) == (4 if weight == "ternary" else 8, False)
+        assert agrees(layout, tokens) == ["Quantizer", "Thin", "Skinny" if tokens == 3 else "Matmul"]
+
     @pytest.mark.parametrize("architecture", ["80", "86", "90"])
     @pytest.mark.parametrize("activation", ["int4", "int8"])
     def test_wide_warps(self, architecture: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +206,8 @@ class TestWays:
         layout = layout_of(out, 330, weight="int4x2", activation=TOKEN_INT8)
         assert agrees(layout, tokens, dtype=torch.bfloat16) == ["Quantizer", "Hopper"]
 
-    @pytest.mark.parametrize("weight", ["ternary", "int4_asymmetric", "int4x2", "mxint4", "mxint8"])
-    def test_other_integers_take_the_plain_kernel(self, weight: str) -> None:
+    @pytest.mark.parametrize("weight", ["ternary", "int4_asymmetric", "mxint4", "mxint8"])
+    def test_other_groups_take_the_plain_kernel(self, weight: str) -> None:
         assert agrees(layout_of(40, 70, 9, weight=weight, group=32, branch="ternary"))[0] == "Plain"
 
     def test_sixteen_bit_codes(self) -> None:
