@@ -210,7 +210,7 @@ def _run(ready: Prepared, device: AbstractDevice, input: Tensor, output: torch.d
     """The kernels' output in dtype `output`, by this thread's launches: their arguments are written at every call."""
     tokens = input.shape[0]
     # Kept with the layer, for as long as it lives. The sizes of a call decide its way.
-    size = runner.Size.of(ready.plan, tokens)
+    size = runner.size_of(ready.plan, tokens)
     key = (size, input.dtype, output, bias is None, id(device))
     thread = _thread()
     runners = ready.runners.get(thread)

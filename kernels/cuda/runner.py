@@ -7,7 +7,6 @@ synchronizes nor allocates but through torch, so CUDA graphs may capture it once
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import attrs
@@ -46,23 +45,19 @@ _ALIGNED = 8
 """Rows of a multiple of so many numbers are read and written 16 bytes at a time."""
 
 
-class Size(IntEnum):
-    """How many tokens a call has, as far as it decides the way."""
+FEW, SOME, MANY, PLENTY = range(4)
+"""How many tokens a call has, as far as it decides the way. No enumeration: those take longer to look up by."""
+SIZES = (FEW, SOME, MANY, PLENTY)
 
-    FEW = 0
-    SOME = 1
-    MANY = 2
-    PLENTY = 3
 
-    @classmethod
-    def of(cls, plan: Plan, tokens: int) -> Size:
-        """The size of a call."""
-        if tokens <= skinny.TOKENS:
-            return cls.FEW
-        if tokens <= SPLIT_TOKENS:
-            return cls.SOME
-        blocks = padded(tokens, TILE_TOKENS) // TILE_TOKENS * plan.padded_out // TILE_OUTPUTS
-        return cls.PLENTY if blocks >= WIDE_BLOCKS else cls.MANY
+def size_of(plan: Plan, tokens: int) -> int:
+    """The size of a call."""
+    if tokens <= skinny.TOKENS:
+        return FEW
+    if tokens <= SPLIT_TOKENS:
+        return SOME
+    blocks = padded(tokens, TILE_TOKENS) // TILE_TOKENS * plan.padded_out // TILE_OUTPUTS
+    return PLENTY if blocks >= WIDE_BLOCKS else MANY
 
 
 @attrs.frozen
@@ -74,16 +69,16 @@ class Way:
     wide: bool = False
 
     @classmethod
-    def of(cls, plan: Plan, size: Size, architecture: str) -> Way:
-        """The way for a number of tokens."""
+    def of(cls, plan: Plan, size: int, architecture: str) -> Way:
+        """The way for calls of a size."""
         # A token's scale needs all its columns, which blocks that share them do not see.
         whole = plan.whole or (plan.branch_whole and plan.rank > 0)
-        split = size <= Size.SOME or plan.rank_groups > KEPT_RANK_GROUPS
+        split = size <= SOME or plan.rank_groups > KEPT_RANK_GROUPS
         # Integer sums and Hopper's own product have no kernel for few tokens; theirs takes any number.
         scaled = not plan.integers and not plan.for_hopper(architecture)
         narrow = plan.span > 1 or plan.up_span > 1
-        wide = size == Size.PLENTY and scaled and not narrow and architecture in WIDE_ARCHITECTURES
-        return cls(split=split and not whole, skinny=size == Size.FEW and scaled, wide=wide)
+        wide = size == PLENTY and scaled and not narrow and architecture in WIDE_ARCHITECTURES
+        return cls(split=split and not whole, skinny=size == FEW and scaled, wide=wide)
 
     def rows(self, tokens: int) -> int:
         """Tokens, filled up to the kernels' tiles."""
@@ -153,7 +148,7 @@ def programs_of(
     plan: Plan, input: torch.dtype, output: torch.dtype, bias: bool, architecture: str
 ) -> list[AbstractProgram]:
     """Every program that calls of such a layer may run, for any number of tokens."""
-    ways = [Way.of(plan, size, architecture) for size in Size]
+    ways = [Way.of(plan, size, architecture) for size in SIZES]
     found = [each for way in ways for each in Programs.of(plan, way, input, output, bias, architecture).list()]
     return list(dict.fromkeys(found))
 

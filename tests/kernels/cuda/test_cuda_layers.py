@@ -161,9 +161,9 @@ class TestWays:
         monkeypatch.setattr(runner, "WIDE_BLOCKS", 4)
         layout = layout_of(70, 64 * 6 + 5, 100, **(W4A4 | {"activation": activation}))
         plans = plan.Plan.of(layout)
-        assert runner.Size.of(plans, 128) == runner.Size.MANY
-        assert runner.Size.of(plans, 130) == runner.Size.PLENTY
-        assert runner.Way.of(plans, runner.Size.PLENTY, architecture).wide == (architecture != "86")
+        assert runner.size_of(plans, 128) == runner.MANY
+        assert runner.size_of(plans, 130) == runner.PLENTY
+        assert runner.Way.of(plans, runner.PLENTY, architecture).wide == (architecture != "86")
         assert agrees(layout, 130, architecture=architecture) == ["Quantizer", "Matmul"]
 
     def test_a_longer_run_than_the_ring(self) -> None:
