@@ -349,21 +349,6 @@ def to_float(value: Any) -> Array:
     return s32(value).astype(numpy.float32)
 
 
-def to_int(value: Any) -> Array:
-    """To nearest, ties to even; beyond int32 its ends, a NaN 0."""
-    rounded = numpy.nan_to_num(numpy.rint(f32(value).astype(numpy.float64)), nan=0.0, posinf=2.0**31, neginf=-(2.0**31))
-    clipped: Array = numpy.clip(rounded, -(2**31), 2**31 - 1)
-    return clipped.astype(numpy.int32)
-
-
-def smin(first: Any, second: Any) -> Array:
-    return numpy.minimum(s32(first), s32(second))
-
-
-def smax(first: Any, second: Any) -> Array:
-    return numpy.maximum(s32(first), s32(second))
-
-
 def select(first: Any, second: Any, flag: Any) -> Array:
     return numpy.where(u32(flag) != 0, u32(first), u32(second))
 

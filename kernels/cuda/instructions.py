@@ -134,9 +134,6 @@ INSTRUCTIONS = (
     Instruction("fabs", "f", "f", "abs.f32 $0, $1;"),
     Instruction("fmax", "f", "ff", "max.NaN.f32 $0, $1, $2;"),
     Instruction("to_float", "f", "s", "cvt.rn.f32.s32 $0, $1;"),
-    Instruction("to_int", "s", "f", "cvt.rni.s32.f32 $0, $1;"),
-    Instruction("smin", "s", "ss", "min.s32 $0, $1, $2;"),
-    Instruction("smax", "s", "ss", "max.s32 $0, $1, $2;"),
     Instruction("select", "u", "uuu", "{ .reg .pred p; setp.ne.u32 p, $3, 0; selp.b32 $0, $1, $2, p; }"),
     # Bits of a float, a float of bits, and pairs of 16-bit floats in one register, first operand in the low half.
     Instruction("bits", "u", "f", "mov.b32 $0, $1;"),
